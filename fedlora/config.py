@@ -1,0 +1,345 @@
+"""RunConfig: one frozen description of a run, in three notations that say the same.
+
+    TOML file  ⇄  frozen dataclasses  ⇄  Flower's flat run_config ("privacy.epsilon" = 6.0)
+
+Every key has a default and the defaults are the quickstart. A key's type comes from its annotation, its range from
+`setting(...)`; unknown keys are errors that name the nearest known one. Knows no torch and starts fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from fedlora.errors import ConfigError
+
+Scalar = bool | int | float | str
+Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A documented config field: `at_least <= value <= at_most` and `value > above`, where given."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+class _Section:
+    """Checks every field of a section against its annotation and range when it is made."""
+
+    section: typing.ClassVar[str]
+
+    def __init_subclass__(cls, section: str) -> None:
+        cls.section = section
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
+            name = f"{self.section}.{spec.name}"
+            value = _coerce(name, getattr(self, spec.name), hints[spec.name])
+            _check_range(name, value, spec.metadata)
+            object.__setattr__(self, spec.name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section, section="model"):
+    name: str = setting(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "local folder, installed weights package or hub id, looked up in that order",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of the frozen base; private arithmetic is always float32"
+    )
+    attention: Literal["auto", "eager", "sdpa"] = setting("auto", "attention kernel; auto measures")
+    head: Literal["prototype", "frozen", "trained"] = setting(
+        "prototype", "noisy class means | random from the public seed | part of the clipped vector"
+    )
+    pooling: Literal["auto", "cls", "mean", "last"] = setting(
+        "auto", "auto: the model's own head for frozen and trained, the model card's pooling for prototype"
+    )
+    temperature: float = setting(20.0, "scale of the prototype head's logits", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(_Section, section="adapter"):
+    method: Literal["ffa"] = setting("ffa", "ffa: A frozen, only B is trained and sent")
+    rank: int = setting(8, "inner dimension r of B A", at_least=1)
+    alpha: float = setting(8.0, "the adapter's output is scaled by alpha / rank", above=0)
+    target_modules: tuple[str, ...] = setting(
+        ("query", "value"), "module types (query, key, value, attention_output, up, down, gate) or name endings"
+    )
+    select: Literal["none"] = setting("none", "how modules are chosen among the targets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section, section="data"):
+    task: Task = setting("sst2", "GLUE task: its columns, labels and official metric")
+    source: str = setting("generated", '"hub", "generated", or a folder with one sub-folder per task')
+    generated_records: int = setting(6000, "training records of the generated corpus", at_least=8)
+    partition: Literal["iid", "dirichlet", "label_skew", "column"] = setting("iid", "how clients share the records")
+    dirichlet_alpha: float = setting(0.5, "concentration of the dirichlet partition", above=0)
+    label_skew: str = setting(
+        "severe", 'a preset, or rows by client of shares by label: "0.9,0.1; 0.1,0.9; 0.5,0.5"'
+    )
+    partition_column: str = setting("", "column whose values name the client, for partition = column")
+    max_length: int = setting(128, "tokens; longer inputs are cut", at_least=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(_Section, section="federation"):
+    clients: int = setting(3, "number of clients", at_least=1)
+    rounds: int = setting(30, "fine-tuning rounds", at_least=1)
+    local_steps: int = setting(10, "private steps of a client in a round", at_least=1)
+    participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
+    weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
+    server_optimizer: Literal["none"] = setting("none", "none: the mean is the next global state")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Section, section="training"):
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = setting("sgd", "local optimiser")
+    learning_rate: float = setting(8.0, "of the local optimiser", above=0)
+    momentum: float = setting(0.9, "of optimizer = momentum", at_least=0, at_most=1)
+    weight_decay: float = setting(0.0, "of adamw (decoupled) and of the others (added to the gradient)", at_least=0)
+    expected_batch_size: int = setting(128, "mean of the Poisson batch size, the public divisor", at_least=1)
+    keep_state: bool = setting(False, "keep optimiser state at the client between rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(_Section, section="privacy"):
+    unit: Literal["record"] = setting("record", "what is protected: one record of one site (add/remove)")
+    epsilon: float = setting(6.0, "target for the whole run, per site; inf is an explicit non-private run", above=0)
+    delta: float = setting(1e-5, "must be below 1/n of every site", above=0, at_most=0.5)
+    clipping: Literal["flat", "automatic"] = setting("flat", "flat: min(1, C/|g|) | automatic: C/(|g| + 0.01)")
+    clip_norm: float = setting(1.0, "L2 bound C of one record's gradient over all trained slots", above=0)
+    mechanism: Literal["gaussian"] = setting("gaussian", "noise on the clipped sum")
+    accountant: Literal["pld", "rdp"] = setting("pld", "pld is tight; rdp is a fast upper bound")
+    prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0)
+    seeded_noise: bool = setting(False, "reproducible research only: noise and batches from run.seed, NOT private")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Section, section="engine"):
+    backend: Literal["expanded", "opacus"] = setting("expanded", "source of per-sample gradients")
+    token_budget: int | Literal["auto"] = setting("auto", "padded tokens in one micro-batch", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection(_Section, section="run"):
+    seed: int = setting(0, "public: frozen A, partition, random head", at_least=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    transport: Literal["cohort", "flower"] = setting("cohort", "cohort: in this process | flower: simulation engine")
+    evaluate_every: int = setting(1, "rounds between evaluations on public validation data", at_least=1)
+    out: str = setting("", "run folder; empty: runs/<task>-<method>-<time>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, complete: two equal configs and one public seed describe the same experiment."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    run: RunSection = dataclasses.field(default_factory=RunSection)
+
+    def __post_init__(self) -> None:
+        _check_relations(self)
+
+    @property
+    def private(self) -> bool:
+        return math.isfinite(self.privacy.epsilon)
+
+    @classmethod
+    def from_mapping(cls, tables: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Build from nested tables, then apply `section.key=value` overrides.
+
+        Raises:
+            ConfigError: unknown section or key, wrong type, value out of range or at odds with another.
+        """
+        merged: dict[str, dict[str, Any]] = {}
+        for section, table in tables.items():
+            _require_known(section, SECTIONS, "section", f"[{section}]")
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"[{section}] is {_shown(table)}, wanted a table of keys; write [{section}] above them")
+            merged[section] = dict(table)
+        for override in overrides:
+            section, key, value = _parse_override(override)
+            merged.setdefault(section, {})[key] = value
+        built = {section: _build_section(section, table) for section, table in merged.items()}
+        return cls(**built)
+
+    @classmethod
+    def from_toml(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a recipe; see `from_mapping` for what is refused."""
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read recipe {path}: {error.strerror}; give the path of a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
+        return cls.from_mapping(tables, overrides)
+
+    def to_mapping(self) -> dict[str, dict[str, Any]]:
+        """Nested tables of plain values, tuples as lists; `from_mapping` inverts it."""
+        tables = dataclasses.asdict(self)
+        return {
+            section: {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+            for section, table in tables.items()
+        }
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.to_mapping())
+
+    @classmethod
+    def from_flower(cls, run_config: Mapping[str, Scalar]) -> Self:
+        """Build from Flower's flat run_config; tuples travel as comma-separated text."""
+        tables: dict[str, dict[str, Any]] = {}
+        for flat_key, value in run_config.items():
+            section, _, key = flat_key.partition(".")
+            tables.setdefault(section, {})[key] = value
+        return cls.from_mapping(tables)
+
+    def to_flower(self) -> dict[str, Scalar]:
+        return {
+            f"{section}.{key}": ",".join(value) if isinstance(value, list) else value
+            for section, table in self.to_mapping().items()
+            for key, value in table.items()
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the result: everything but the output folder and the transport."""
+        tables = self.to_mapping()
+        del tables["run"]["out"], tables["run"]["transport"]
+        canonical = json.dumps(tables, sort_keys=True, default=str)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def with_overrides(self, *overrides: str) -> Self:
+        return type(self).from_mapping(self.to_mapping(), overrides)
+
+
+SECTIONS: dict[str, type] = {
+    spec.name: typing.cast(type, spec.default_factory) for spec in dataclasses.fields(RunConfig)
+}
+
+
+def _build_section(section: str, table: Mapping[str, Any]) -> Any:
+    known = {spec.name for spec in dataclasses.fields(SECTIONS[section])}
+    for key in table:
+        _require_known(key, known, "key", f"{section}.{key}", prefix=f"{section}.")
+    return SECTIONS[section](**table)
+
+
+def _require_known(name: str, known: typing.Iterable[str], kind: str, shown: str, prefix: str = "") -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    raise ConfigError(f"unknown {kind} {shown}; {hint}")
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and key):
+        raise ConfigError(f"override {override!r} is not section.key=value; write for example privacy.epsilon=3")
+    _require_known(section, SECTIONS, "section", f"[{section}]")
+    try:
+        return section, key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, text.strip()  # bare words are text, as everyone types them in a shell
+
+
+def _coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as `annotation` asks, or ConfigError. Whole numbers serve as floats; nothing else is converted."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        if value in arguments and type(value) is str:
+            return value
+        raise ConfigError(f"{name} = {_shown(value)}, wanted one of {', '.join(map(str, arguments))}{_near(value, arguments)}")
+    if origin is types.UnionType or origin is typing.Union:
+        for option in arguments:
+            try:
+                return _coerce(name, value, option)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{name} = {_shown(value)}, wanted {' or '.join(map(_type_name, arguments))}")
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple) and value and all(isinstance(part, str) and part for part in value):
+            return tuple(value)
+        raise ConfigError(f"{name} = {_shown(value)}, wanted a non-empty list of names")
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if type(value) is not annotation:
+        raise ConfigError(f"{name} = {_shown(value)}, wanted {_type_name(annotation)}")
+    return value
+
+
+def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    at_least, above, at_most = bounds["at_least"], bounds["above"], bounds["at_most"]
+    if math.isnan(value):
+        raise ConfigError(f"{name} = nan, wanted a number")
+    if math.isinf(value) and name != "privacy.epsilon":
+        raise ConfigError(f"{name} = {value}, wanted a finite number")
+    if (
+        (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+        or (at_most is not None and value > at_most)
+    ):
+        low = f">= {at_least}" if at_least is not None else f"> {above}" if above is not None else ""
+        high = f"<= {at_most}" if at_most is not None else ""
+        raise ConfigError(f"{name} = {value}, wanted {' and '.join(filter(None, (low, high)))}")
+
+
+def _check_relations(config: RunConfig) -> None:
+    if config.data.task == "stsb" and config.model.head == "prototype":
+        raise ConfigError(
+            "model.head = prototype needs classes, but data.task = stsb is a regression; set model.head=trained or frozen"
+        )
+    if config.data.task == "stsb" and config.data.partition in ("dirichlet", "label_skew"):
+        raise ConfigError(
+            f"data.partition = {config.data.partition} divides by class, but data.task = stsb has none; set data.partition=iid"
+        )
+    if config.data.partition == "column" and not config.data.partition_column:
+        raise ConfigError("data.partition = column needs data.partition_column; name the column that holds the client")
+
+
+def _near(value: Any, options: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f'"{option}"' for option in typing.get_args(annotation))
+    return names.get(annotation, str(annotation))

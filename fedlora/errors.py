@@ -1,0 +1,61 @@
+"""Everything fedlora raises on purpose, and the exit code each maps to at the command line.
+
+    FedloraError                 1   a run that failed
+    ├── InputError               2   the user can fix it: what, got, wanted, what to do
+    │   ├── ConfigError              a key, type or range in a configuration
+    │   ├── DataError                records, columns, labels, partitions
+    │   ├── ModelError               base model, tokenizer, target modules
+    │   └── RunFolderError           an output or resume folder
+    ├── PrivacyError             3   budget or policy refused; nothing was trained or released
+    │   └── BudgetRefused
+    ├── AdapterError             1   layouts that do not match
+    └── ProtocolError            1   a message that does not fit the round
+
+A message never contains text, labels, gradients or norms of private records.
+"""
+
+
+class FedloraError(Exception):
+    """Base of every deliberate error."""
+
+    exit_code = 1
+
+
+class InputError(FedloraError):
+    """Something the user gave is wrong and can be corrected."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError, ValueError):
+    """A configuration key is unknown, of the wrong type, out of range or at odds with another."""
+
+
+class DataError(InputError):
+    """Records cannot be found, read or divided as asked."""
+
+
+class ModelError(InputError):
+    """A base model, its tokenizer or a named module cannot be found or used."""
+
+
+class RunFolderError(InputError):
+    """A run folder exists already, is missing or cannot be read."""
+
+
+class PrivacyError(FedloraError):
+    """The asked guarantee cannot be given; nothing private was computed."""
+
+    exit_code = 3
+
+
+class BudgetRefused(PrivacyError):
+    """A charge would exceed what was planned or allowed."""
+
+
+class AdapterError(FedloraError):
+    """Two sides disagree about slots, shapes or digest."""
+
+
+class ProtocolError(FedloraError):
+    """A message does not belong to the round, phase or layout at hand."""

@@ -1,0 +1,75 @@
+"""Two kinds of randomness that must never mix (DESIGN section 4, rule 8).
+
+* `PublicSeed`: derived from `run.seed`, the same at every participant: frozen A, partitions, random heads,
+  which clients take part in a round. Anyone may know it.
+* `SecretRoot`: 32 bytes from the operating system, kept in memory by one site: Poisson sampling and noise.
+  It is never written to a config, message, log, record or checkpoint.
+
+A stream is named by a path such as `("noise", client, phase, round)`. Its key is SHA-256 over root and path, so a
+stream depends neither on the order of calls nor on how many clients share a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+PathPart = str | int
+
+
+def _stream_key(root: bytes, path: tuple[PathPart, ...]) -> bytes:
+    digest = hashlib.sha256(root)
+    for part in path:
+        encoded = f"{type(part).__name__}:{part}".encode()
+        digest.update(len(encoded).to_bytes(4, "big") + encoded)
+    return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """Named generators under one root; `PublicSeed` and `SecretRoot` say which kind of root it is."""
+
+    root: bytes = field(repr=False)
+
+    def numpy(self, *path: PathPart) -> np.random.Generator:
+        """A NumPy generator for the stream `path`, keyed with all 256 bits of its key."""
+        key = np.frombuffer(_stream_key(self.root, path), dtype=np.uint32)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key.tolist())))
+
+    def torch(self, *path: PathPart, device: str | torch.device = "cpu") -> torch.Generator:
+        """A torch generator for the stream `path`.
+
+        torch accepts 64 bits of seed, so a torch stream has 64 bits of key, not 256.
+        """
+        import torch
+
+        key = int.from_bytes(_stream_key(self.root, path)[:8], "big", signed=True)
+        return torch.Generator(device=device).manual_seed(key)
+
+
+class PublicSeed(_Streams):
+    """Streams that every participant derives alike from the run's public seed."""
+
+    @classmethod
+    def from_int(cls, seed: int) -> PublicSeed:
+        return cls(hashlib.sha256(f"fedlora public seed {seed}".encode()).digest())
+
+
+class SecretRoot(_Streams):
+    """Streams that only their owner can reproduce."""
+
+    @classmethod
+    def from_os(cls) -> SecretRoot:
+        return cls(secrets.token_bytes(32))
+
+    @classmethod
+    def seeded(cls, seed: int) -> SecretRoot:
+        """Reproducible noise for research. NOT private: every record of such a run says `noise_seeded`."""
+        return cls(hashlib.sha256(f"fedlora seeded noise {seed}".encode()).digest())
