@@ -1,0 +1,380 @@
+"""The nine GLUE tasks and where their records come from: the hub, a folder, or the generated corpus.
+
+A source is `"hub"`, `"generated"` or a folder. A folder is a task's own, or holds one sub-folder per task, and each
+split in it is one of (the first that exists is taken, see `_SPLIT_FILES`):
+
+    validation.parquet                      columns as in nyu-mll/glue
+    validation-00000-of-00001.parquet       a clone of the hub repository
+    dev.tsv                                 the original GLUE download; CoLA without a header, no quoting anywhere
+    validation/state.json                   saved with `datasets.save_to_disk`
+    validation_subset.parquet               part of a split, and said to be so
+
+Heavy libraries are imported by the reader that needs them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.errors import DataError
+from fedlora.randomness import PublicSeed
+
+logger = logging.getLogger(__name__)
+
+HUB_DATASET = "nyu-mll/glue"
+LABEL_COLUMN = "label"
+Table = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A GLUE task in the notation of `nyu-mll/glue`.
+
+    Attributes:
+        text_columns: one column, or the two of a pair.
+        num_labels: number of classes; 1 for a regression.
+        label_names: by class id; empty for a regression.
+        metric: the headline, a key of `evaluation.glue_metrics`.
+        validation_splits: public splits that carry labels.
+        label_range: smallest and largest label that may occur.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    metric: str = "accuracy"
+    validation_splits: tuple[str, ...] = ("validation",)
+
+    @property
+    def regression(self) -> bool:
+        return not self.label_names
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names) or 1
+
+    @property
+    def label_range(self) -> tuple[int, int]:
+        return (0, 5) if self.regression else (0, self.num_labels - 1)
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS: Mapping[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(
+            name="cola",
+            text_columns=("sentence",),
+            label_names=("unacceptable", "acceptable"),
+            metric="matthews_correlation",
+        ),
+        TaskSpec(name="sst2", text_columns=("sentence",), label_names=("negative", "positive")),
+        TaskSpec(name="mrpc", text_columns=_SENTENCES, label_names=("not_equivalent", "equivalent")),
+        TaskSpec(name="stsb", text_columns=_SENTENCES, label_names=(), metric="pearson_spearman"),
+        TaskSpec(name="qqp", text_columns=("question1", "question2"), label_names=("not_duplicate", "duplicate")),
+        TaskSpec(
+            name="mnli",
+            text_columns=("premise", "hypothesis"),
+            label_names=("entailment", "neutral", "contradiction"),
+            validation_splits=("validation_matched", "validation_mismatched"),
+        ),
+        TaskSpec(name="qnli", text_columns=("question", "sentence"), label_names=_ENTAILMENT),
+        TaskSpec(name="rte", text_columns=_SENTENCES, label_names=_ENTAILMENT),
+        TaskSpec(name="wnli", text_columns=_SENTENCES, label_names=("not_entailment", "entailment")),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Records:
+    """Labelled texts in memory.
+
+    Attributes:
+        texts: one list of texts, or two of equal length for a pair task.
+        labels: int64 class ids or float32 scores, shape [n].
+        columns: further columns by name, each of length n; what `partition = "column"` divides by.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: np.ndarray
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(column) for column in (*self.texts, *self.columns.values())}
+        if lengths != {len(self.labels)}:
+            raise DataError(f"columns of {sorted(lengths)} values with {len(self.labels)} labels; wanted one length")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:  # private text must not reach a log by way of a repr
+        return f"Records({len(self)} records, {len(self.texts)} text columns)"
+
+    def subset(self, indices: np.ndarray) -> Records:
+        """The records at `indices` (int64 [m]), in that order."""
+        chosen = indices.tolist()
+        return Records(
+            texts=tuple([column[i] for i in chosen] for column in self.texts),
+            labels=self.labels[indices],
+            columns={name: [column[i] for i in chosen] for name, column in self.columns.items()},
+        )
+
+
+def load_records(task: str, source: str, split: str, *, generated_records: int, seed: PublicSeed) -> Records:
+    """The records of one split.
+
+    Args:
+        task: a key of `TASKS`.
+        source: "hub", "generated" or a folder (see the module's text).
+        split: "train" or one of the task's `validation_splits`.
+        generated_records: size of the generated train split; other sources ignore it.
+        seed: decides the generated corpus; other sources ignore it.
+
+    Raises:
+        DataError: the source, the split or a column is missing; a label is out of range; there is no record.
+    """
+    spec = _task_spec(task)
+    if source == "generated":
+        return _generated(spec, split, generated_records, seed)
+    if source == "hub":
+        return _to_records(spec, _read_hub(spec, split), f"{HUB_DATASET} {task}/{split}")
+    folder = _task_folder(spec, source)
+    files = _split_files(spec, folder, split)
+    if not files:
+        raise DataError(
+            f"no split {split!r} of {task} in {folder}; it has {_listed(_existing_splits(spec, folder))}; "
+            f"wanted a file such as {split}.parquet or {_tsv_stem(split)}.tsv"
+        )
+    if files[0].stem.endswith("_subset"):
+        logger.info("%s: using %s, a subset of the split %s", task, files[0], split)
+    tables = [_READERS[file.suffix](spec, file) for file in files]
+    return _to_records(spec, _stacked(tables), str(files[0]))
+
+
+def available_validation_splits(task: str, source: str) -> tuple[str, ...]:
+    """The task's validation splits that `source` has, in the order of `TaskSpec.validation_splits`.
+
+    The hub and the generated corpus have them all (the hub is not asked). A folder that lacks one is reported by
+    `logging.info`.
+
+    Raises:
+        DataError: the folder is missing or has no validation split of the task.
+    """
+    spec = _task_spec(task)
+    if source in ("hub", "generated"):
+        return spec.validation_splits
+    folder = _task_folder(spec, source)
+    existing = _existing_splits(spec, folder)
+    found = tuple(split for split in spec.validation_splits if split in existing)
+    if not found:
+        raise DataError(
+            f"no validation split of {task} in {folder}; it has {_listed(existing)}; "
+            f"wanted {' or '.join(spec.validation_splits)}"
+        )
+    for split in set(spec.validation_splits) - set(found):
+        logger.info("%s: %s has no %s; evaluating on %s", task, folder, split, ", ".join(found))
+    return found
+
+
+def _task_spec(task: str) -> TaskSpec:
+    if task not in TASKS:
+        raise DataError(f"unknown task {task!r}; wanted one of {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def _generated(spec: TaskSpec, split: str, generated_records: int, seed: PublicSeed) -> Records:
+    from fedlora.data.synthetic import generate
+
+    if split not in ("train", *spec.validation_splits):
+        known = ", ".join(("train", *spec.validation_splits))
+        raise DataError(f"the generated corpus has no split {split!r} of {spec.name}; it has {known}")
+    texts, labels = generate(spec.name, split, generated_records, seed)
+    return Records(texts=texts, labels=np.asarray(labels, np.float32 if spec.regression else np.int64))
+
+
+# --- from rows to records --------------------------------------------------------------------------------------------
+
+
+def _to_records(spec: TaskSpec, table: Table, origin: str) -> Records:
+    wanted = (*spec.text_columns, LABEL_COLUMN)
+    missing = [name for name in wanted if name not in table]
+    if missing:
+        raise DataError(
+            f"{origin} has no column {', '.join(missing)} (columns: {_listed(table)}); "
+            f"{spec.name} needs {', '.join(wanted)}: is this folder another task's?"
+        )
+    if not table[LABEL_COLUMN]:
+        raise DataError(f"{origin} holds no record; wanted at least one: was the download cut short?")
+    for name in spec.text_columns:
+        bad = sum(not isinstance(text, str) for text in table[name])
+        if bad:
+            raise DataError(f"{origin}: {bad} values of column {name} are not text; remove or fix those rows")
+    return Records(
+        texts=tuple(table[name] for name in spec.text_columns),
+        labels=_labels(spec, table[LABEL_COLUMN], origin),
+        columns={name: values for name, values in table.items() if name not in wanted},
+    )
+
+
+def _labels(spec: TaskSpec, values: Sequence[Any], origin: str) -> np.ndarray:
+    """Labels as numbers, int64 or float32 [n]; the original TSV files write some of them as names."""
+    ids = {name: number for number, name in enumerate(spec.label_names)}
+    try:
+        numbers = np.array([ids[value] if value in ids else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        wanted = ", ".join(spec.label_names) or "scores"
+        raise DataError(f"{origin}: column {LABEL_COLUMN} has a value that is no label; wanted {wanted}") from error
+    low, high = spec.label_range
+    outside = ~((numbers >= low) & (numbers <= high))  # written so that nan is outside
+    if not spec.regression:
+        outside |= numbers != np.floor(numbers)
+    if outside.any():
+        raise DataError(
+            f"{origin}: {int(outside.sum())} of {len(numbers)} labels are outside {low} to {high}; "
+            "GLUE's test labels are hidden (-1): use a train or validation split"
+        )
+    return numbers.astype(np.float32 if spec.regression else np.int64)
+
+
+def _stacked(tables: Sequence[Table]) -> Table:
+    """Shards of one split, one below the other."""
+    if len(tables) == 1:
+        return tables[0]
+    return {name: [value for table in tables for value in table.get(name, ())] for name in tables[0]}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "nothing"
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+# The first pattern that matches wins: complete splits before subsets. No pattern reaches an altered copy such as
+# train_subset_noperiods.parquet.
+_SPLIT_FILES = (
+    "{split}.parquet",
+    "{split}-[0-9]*-of-[0-9]*.parquet",
+    "{tsv}.tsv",
+    "{split}/state.json",
+    "{split}_subset.parquet",
+)
+
+
+def _tsv_stem(split: str) -> str:
+    return split.replace("validation", "dev")
+
+
+def _split_files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
+    for pattern in _SPLIT_FILES:
+        if files := sorted(folder.glob(pattern.format(split=split, tsv=_tsv_stem(split)))):
+            return files
+    return []
+
+
+def _existing_splits(spec: TaskSpec, folder: Path) -> list[str]:
+    return [split for split in ("train", *spec.validation_splits, "test") if _split_files(spec, folder, split)]
+
+
+def _plain(name: str) -> str:
+    """Folder names as people write them: SST-2, STS-B and MNLI are sst2, stsb and mnli."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _task_folder(spec: TaskSpec, source: str) -> Path:
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        near = difflib.get_close_matches(source, ["hub", "generated"], n=1)
+        hint = f"did you mean {near[0]}?" if near else 'wanted "hub", "generated" or an existing folder'
+        raise DataError(f"data.source = {source} is no folder; {hint}")
+    for child in sorted(root.iterdir()):
+        if _plain(child.name) == spec.name and child.is_dir():
+            return child
+    owner = _plain(root.resolve().name)
+    if owner in TASKS and owner != spec.name:  # rte and mrpc share their columns: only the name tells them apart
+        raise DataError(f"{root} is the folder of {owner}, wanted {spec.name}; give its folder or the one above both")
+    if not _existing_splits(spec, root):
+        raise DataError(
+            f"no {spec.name} records in {root}; wanted a sub-folder {spec.name} with train.parquet or train.tsv"
+        )
+    return root
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(spec: TaskSpec, path: Path) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # ParquetFile, not read_table: the latter makes columns of folder names such as "task=sst2".
+        return dict(pyarrow.parquet.ParquetFile(path).read().to_pydict())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path} as parquet ({type(error).__name__}); copy or download it again") from error
+
+
+def _read_saved(spec: TaskSpec, path: Path) -> Table:
+    import datasets
+
+    try:
+        return dict(datasets.load_from_disk(str(path.parent)).to_dict())
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise DataError(
+            f"cannot read {path.parent} as saved by datasets.save_to_disk ({type(error).__name__}); save it again"
+        ) from error
+
+
+_TSV_HEADERS: Mapping[str, list[str]] = {"cola": ["source", "label", "star", "sentence"]}
+_TSV_RENAMES: Mapping[str, Mapping[str, str]] = {
+    "mrpc": {"Quality": LABEL_COLUMN, "#1 String": "sentence1", "#2 String": "sentence2"},
+    "stsb": {"score": LABEL_COLUMN},
+    "qqp": {"is_duplicate": LABEL_COLUMN},
+    "mnli": {"gold_label": LABEL_COLUMN, "sentence1": "premise", "sentence2": "hypothesis"},
+}
+
+
+def _read_tsv(spec: TaskSpec, path: Path) -> Table:
+    """The original GLUE download. Rows cut short are dropped, as the hub's own loader does, and counted."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # MRPC starts with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} as UTF-8 text ({type(error).__name__}); download it again") from error
+    # Not csv, not splitlines: quotes are ordinary characters here, and so are the rarer Unicode line separators.
+    rows = [line.split("\t") for line in text.split("\n") if line]
+    header = _TSV_HEADERS.get(spec.name) or (rows.pop(0) if rows else [])
+    renames = _TSV_RENAMES.get(spec.name, {})
+    names = [renames.get(name, name) for name in header]
+    whole = [row for row in rows if len(row) >= len(names)]
+    if len(whole) < len(rows):
+        logger.warning("%s: dropped %d rows of %d with too few columns", path, len(rows) - len(whole), len(rows))
+    return {name: [row[position] for row in whole] for position, name in enumerate(names)}
+
+
+_READERS: Mapping[str, Callable[[TaskSpec, Path], Table]] = {
+    ".parquet": _read_parquet,
+    ".tsv": _read_tsv,
+    ".json": _read_saved,
+}
+
+
+def _read_hub(spec: TaskSpec, split: str) -> Table:
+    """One split from the hub or its local cache."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(HUB_DATASET, spec.name, split=split)
+    except Exception as error:  # offline, missing split, broken cache: each library below has its own exceptions
+        raise DataError(
+            f"cannot load {spec.name}/{split} of {HUB_DATASET} from the hub or its cache ({type(error).__name__}); "
+            'connect to the hub, set data.source to a folder with the GLUE files, or to "generated"'
+        ) from error
+    return dict(loaded.to_dict())
