@@ -1,0 +1,220 @@
+"""The least noise that keeps a run within its ε, found once and remembered on disk.
+
+The search asks only `accounting.epsilon`, so the answer cannot exceed the target under the function that will later
+decide. ε falls smoothly on log-log paper: four or five questions find σ to one part in a thousand.
+
+**What the memory on disk may and may not do.** An entry is a σ that somebody once computed; a wrong one would mean
+too little noise. Hence:
+
+* Only searches are remembered. `accounting.epsilon` never reads the disk, and whoever spends budget (plan, ledger,
+  policy) prices the σ it is about to use with it. A wrong entry is refused there; it cannot make a run look cheaper.
+* An entry is used only if its text matches its own SHA-256 and the question it answers (arguments, version of
+  dp-accounting, schema): a typo, a cut-off write or a renamed file is a miss, and the search runs.
+* It must belong to this user and be writable by nobody else, as ssh asks of its keys. Who can write as this user can
+  change this code, the policy and the ledger as well: against him a signature here would protect nothing.
+
+The folder is `$FEDLORA_CACHE`, or `fedlora` under `$XDG_CACHE_HOME` or `~/.cache`, and in it `calibration/`. A folder
+that cannot be read or written is no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import BudgetRefused, ConfigError
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Charge
+
+SCHEMA = 1  # raise it when the search or the pricing changes what it answers
+
+_TOLERANCE = 1e-3  # σ is at most this factor above the smallest one that fits
+_LARGEST_NOISE = 1e8  # beyond, a release carries nothing and the grid sees only rounding
+
+
+def calibrate_noise_multiplier(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    num_steps: int,
+    fixed: Sequence[Charge] = (),
+    accountant: str = "pld",
+) -> float:
+    """Smallest noise multiplier σ with `epsilon(fixed + [Charge(sampling_probability, σ, num_steps)])` <= ε.
+
+    Args:
+        epsilon: target for everything together; infinity asks for no privacy.
+        delta: 0 < δ < 1.
+        sampling_probability: q of the block to calibrate, 0 < q <= 1.
+        num_steps: its releases; 0 needs no noise.
+        fixed: what else is released in the same run, at noise already decided.
+        accountant: "pld" (tight) or "rdp" (looser, so more noise).
+
+    Returns:
+        Effective σ >= 0, never below what the target needs and at most 0.1 % above; 0 where no noise is needed.
+
+    Raises:
+        ConfigError: an argument out of range.
+        BudgetRefused: `fixed` alone reaches ε, or no usable σ is large enough.
+    """
+    if not epsilon > 0:
+        raise ConfigError(f"epsilon = {epsilon}, wanted above 0; inf asks for no privacy")
+    accounting.check_delta(delta)
+    Charge(sampling_probability, 1.0, num_steps)  # its checks
+    if math.isinf(epsilon) or num_steps == 0:
+        return 0.0
+    question = {
+        "epsilon": float(epsilon),
+        "delta": float(delta),
+        "sampling_probability": float(sampling_probability),
+        "num_steps": int(num_steps),
+        "fixed": [[c.sampling_probability, c.noise_multiplier, c.num_steps] for c in accounting.merged(fixed)],
+        "accountant": accountant,
+    }
+
+    def price(sigma: float) -> float:
+        return accounting.epsilon([*fixed, Charge(sampling_probability, sigma, num_steps)], delta, accountant)
+
+    def search() -> float:
+        _check_room(epsilon, accounting.epsilon(fixed, delta, accountant), delta)
+        return _smallest_noise(price, epsilon, _guess(epsilon, delta, sampling_probability, num_steps))
+
+    return _remembered(question, search)
+
+
+# Search ----------------------------------------------------------------------------------------------------------
+
+
+def _check_room(target: float, spent: float, delta: float) -> None:
+    if spent >= target:
+        raise BudgetRefused(
+            f"the releases already fixed cost epsilon = {spent:.4g} at delta = {delta:g}, and the target is "
+            f"{target:g}: nothing is left for training; give them more noise (privacy.prototype_noise_multiplier), "
+            "drop them, or raise privacy.epsilon"
+        )
+
+
+def _guess(epsilon: float, delta: float, sampling_probability: float, num_steps: int) -> float:
+    """A σ to start from: the central limit theorem's. It steers where the search begins and nothing else."""
+    spread = math.sqrt(2 * math.log(1 / delta))
+    mean = math.sqrt(spread**2 + 2 * epsilon) - spread  # μ of a Gaussian mechanism with ε ≈ μ²/2 + μ·spread
+    return 1 / math.sqrt(math.log1p((mean / sampling_probability) ** 2 / num_steps))
+
+
+def _smallest_noise(price: Callable[[float], float], target: float, guess: float) -> float:
+    """Upper end of a bracket [low, high] of log σ around price = target, narrowed to `_TOLERANCE`."""
+    low, above, high, below = _bracket(price, target, math.log(guess))
+    while high - low > _TOLERANCE:
+        middle = _next_question(low, above, high, below)
+        excess = _log_ratio(price(math.exp(middle)), target)
+        if excess <= 0:
+            high, below = middle, excess
+        else:
+            low, above = middle, excess
+    return math.exp(high)
+
+
+def _bracket(price: Callable[[float], float], target: float, start: float) -> tuple[float, float, float, float]:
+    """(low, excess > 0 there, high, excess <= 0 there) in log σ, by growing steps away from `start`."""
+    here, stride = start, 0.1
+    excess = _log_ratio(price(math.exp(here)), target)
+    upwards = excess > 0
+    while True:
+        there = here + (stride if upwards else -stride)
+        if there > math.log(_LARGEST_NOISE):
+            raise BudgetRefused(
+                f"no noise multiplier up to {_LARGEST_NOISE:g} keeps epsilon at {target:g}: "
+                "what is fixed leaves too little; raise privacy.epsilon or take fewer steps"
+            )
+        beyond = _log_ratio(price(math.exp(there)), target)
+        if (beyond > 0) != upwards:
+            return (here, excess, there, beyond) if upwards else (there, beyond, here, excess)
+        here, excess, stride = there, beyond, 2 * stride
+
+
+def _next_question(low: float, above: float, high: float, below: float) -> float:
+    """Where the secant meets the target, moved a third of the tolerance away from the nearer end.
+
+    The move carries the question to the other side of the root, so that the far end is replaced as well; a plain
+    secant would creep up on the root from one side for ever. Without a slope, or one that is spent: the middle.
+    """
+    if not (math.isfinite(above) and math.isfinite(below)) or above - below <= 0:
+        return (low + high) / 2
+    root = low + (high - low) * above / (above - below)
+    root += _TOLERANCE / 3 if root - low < high - root else -_TOLERANCE / 3
+    margin = min(_TOLERANCE / 3, (high - low) / 4)
+    return min(max(root, low + margin), high - margin)
+
+
+def _log_ratio(price: float, target: float) -> float:
+    """log(price / target): positive where σ is too small."""
+    if price <= 0 or math.isinf(price):
+        return -math.inf if price <= 0 else math.inf
+    ratio = math.log(price) - math.log(target)
+    return max(ratio, 5e-324) if price > target else min(ratio, 0.0)  # the logs may round to equal, the prices decide
+
+
+# Memory on disk --------------------------------------------------------------------------------------------------
+
+
+def _remembered(question: dict[str, Any], search: Callable[[], float]) -> float:
+    question = {**question, "dp_accounting": metadata.version("dp-accounting"), "schema": SCHEMA}
+    path = _folder() / f"{_sha256(question)}.json"
+    sigma = _read(path, question)
+    if sigma is None:
+        sigma = search()
+        _write(path, question, sigma)
+    return sigma
+
+
+def _folder() -> Path:
+    override = os.environ.get("FEDLORA_CACHE")
+    if override:
+        return Path(override) / "calibration"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "fedlora" / "calibration"
+
+
+def _read(path: Path, question: dict[str, Any]) -> float | None:
+    """The remembered answer, or None where there is none that can be relied on."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            if not _only_ours(os.fstat(file.fileno())):
+                return None
+            entry = json.load(file)
+        answer = {"question": entry["question"], "noise_multiplier": entry["noise_multiplier"]}
+        sigma = float(answer["noise_multiplier"])
+        genuine = entry["sha256"] == _sha256(answer) and answer["question"] == question
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return sigma if genuine and math.isfinite(sigma) and sigma > 0 else None
+
+
+def _only_ours(status: os.stat_result) -> bool:
+    if not hasattr(os, "getuid"):  # no owners to compare, as on Windows
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _write(path: Path, question: dict[str, Any], sigma: float) -> None:
+    """Leave a complete entry or none: written beside its place, then renamed into it."""
+    answer = {"question": question, "noise_multiplier": sigma}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump({**answer, "sha256": _sha256(answer)}, file, indent=1)
+        Path(file.name).replace(path)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
