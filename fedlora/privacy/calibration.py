@@ -1,7 +1,8 @@
 """The least noise that keeps a run within its ε, found once and remembered on disk.
 
-The search asks only `accounting.epsilon`, so the answer cannot exceed the target under the function that will later
-decide. ε falls smoothly on log-log paper: four or five questions find σ to one part in a thousand.
+ε falls smoothly on log-log paper, so a few secants find σ to one part in a thousand: first on rough prices, then on
+`accounting.epsilon`, which has the last word. The answer cannot exceed the target under the function that will later
+decide whether the run may happen.
 
 **What the memory on disk may and may not do.** An entry is a σ that somebody once computed; a wrong one would mean
 too little noise. Hence:
@@ -82,12 +83,16 @@ def calibrate_noise_multiplier(
         "accountant": accountant,
     }
 
-    def price(sigma: float) -> float:
-        return accounting.epsilon([*fixed, Charge(sampling_probability, sigma, num_steps)], delta, accountant)
+    def release(sigma: float) -> list[Charge]:
+        return [*fixed, Charge(sampling_probability, sigma, num_steps)]
 
     def search() -> float:
         _check_room(epsilon, accounting.epsilon(fixed, delta, accountant), delta)
-        return _smallest_noise(price, epsilon, _guess(epsilon, delta, sampling_probability, num_steps))
+        guess = _guess(epsilon, delta, sampling_probability, num_steps)
+        guess = _smallest_noise(lambda s: accounting.rough_epsilon(release(s), delta, accountant), epsilon, guess, 0.1)
+        return _smallest_noise(
+            lambda s: accounting.epsilon(release(s), delta, accountant), epsilon, guess, 2 * _TOLERANCE
+        )
 
     return _remembered(question, search)
 
@@ -111,9 +116,9 @@ def _guess(epsilon: float, delta: float, sampling_probability: float, num_steps:
     return 1 / math.sqrt(math.log1p((mean / sampling_probability) ** 2 / num_steps))
 
 
-def _smallest_noise(price: Callable[[float], float], target: float, guess: float) -> float:
+def _smallest_noise(price: Callable[[float], float], target: float, guess: float, stride: float) -> float:
     """Upper end of a bracket [low, high] of log σ around price = target, narrowed to `_TOLERANCE`."""
-    low, above, high, below = _bracket(price, target, math.log(guess))
+    low, above, high, below = _bracket(price, target, math.log(guess), stride)
     while high - low > _TOLERANCE:
         middle = _next_question(low, above, high, below)
         excess = _log_ratio(price(math.exp(middle)), target)
@@ -124,9 +129,10 @@ def _smallest_noise(price: Callable[[float], float], target: float, guess: float
     return math.exp(high)
 
 
-def _bracket(price: Callable[[float], float], target: float, start: float) -> tuple[float, float, float, float]:
-    """(low, excess > 0 there, high, excess <= 0 there) in log σ, by growing steps away from `start`."""
-    here, stride = start, 0.1
+def _bracket(
+    price: Callable[[float], float], target: float, here: float, stride: float
+) -> tuple[float, float, float, float]:
+    """(low, excess > 0 there, high, excess <= 0 there) in log σ, by growing steps away from `here`."""
     excess = _log_ratio(price(math.exp(here)), target)
     upwards = excess > 0
     while True:
@@ -139,7 +145,7 @@ def _bracket(price: Callable[[float], float], target: float, start: float) -> tu
         beyond = _log_ratio(price(math.exp(there)), target)
         if (beyond > 0) != upwards:
             return (here, excess, there, beyond) if upwards else (there, beyond, here, excess)
-        here, excess, stride = there, beyond, 2 * stride
+        here, excess, stride = there, beyond, 3 * stride
 
 
 def _next_question(low: float, above: float, high: float, below: float) -> float:
