@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 LABEL_COLUMN = "label"
+_HUB_PATIENCE_SECONDS = 4.0
 Table = dict[str, list[Any]]
 
 
@@ -367,14 +368,34 @@ _READERS: Mapping[str, Callable[[TaskSpec, Path], Table]] = {
 
 
 def _read_hub(spec: TaskSpec, split: str) -> Table:
-    """One split from the hub or its local cache."""
+    """One split from the hub, or from its local cache when the hub does not answer."""
     import datasets
 
+    online = _hub_answers()
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not online
     try:
-        loaded = datasets.load_dataset(HUB_DATASET, spec.name, split=split)
-    except Exception as error:  # offline, missing split, broken cache: each library below has its own exceptions
+        return dict(datasets.load_dataset(HUB_DATASET, spec.name, split=split).to_dict())
+    except Exception as error:  # offline, unknown split, broken cache: every library below has its own exceptions
+        hub = "the hub" if online else "the hub (which does not answer)"
         raise DataError(
-            f"cannot load {spec.name}/{split} of {HUB_DATASET} from the hub or its cache ({type(error).__name__}); "
-            'connect to the hub, set data.source to a folder with the GLUE files, or to "generated"'
+            f"cannot load split {split!r} of {spec.name} in {HUB_DATASET} from {hub} or its cache "
+            f"{datasets.config.HF_DATASETS_CACHE} ({type(error).__name__}); connect to the hub, "
+            'or set data.source to a folder with the GLUE files or to "generated"'
         ) from error
-    return dict(loaded.to_dict())
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    """One short question: left to itself, `datasets` retries an unreachable hub for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(HUB_DATASET, timeout=_HUB_PATIENCE_SECONDS)
+    except HfHubHTTPError:
+        return True  # it answers, if only to refuse; what it refuses is for `datasets` to find out
+    except Exception:  # whatever the HTTP client of the day raises
+        return False
+    return True
