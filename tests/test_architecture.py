@@ -19,7 +19,6 @@ WITHOUT_TORCH = (
     "fedlora.privacy.accounting",
     "fedlora.privacy.calibration",
     "fedlora.privacy.ledger",
-    "fedlora.privacy.plan",
     "fedlora.privacy.policy",
     "fedlora.privacy.units",
     "fedlora.experiments.tables",
