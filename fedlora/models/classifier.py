@@ -92,6 +92,10 @@ class Classifier(nn.Module):
         """The `AutoModel` root; paths of `target_modules` are relative to it."""
         return cast(nn.Module, self.network.base_model)
 
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.network.device)
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits [N, num_labels] float32 of a right-padded batch; regression has one label.
 
@@ -286,4 +290,4 @@ def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
         return hidden[rows, mask.sum(dim=1) - 1]
     weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)  # a text without tokens

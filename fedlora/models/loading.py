@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def load_network(
     if num_labels is None and getattr(network, "pooler", None) is not None:
         network.pooler = None  # we pool ourselves; many checkpoints carry no weights for it
     _silence_dropout(network)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)  # DeBERTa pins its q_bias to float32 and then multiplies it
     return network, _missing_parameters(source, network, report)
 
 
@@ -73,8 +76,16 @@ def load_tokenizer(source: ModelSource, network: PreTrainedModel) -> PreTrainedT
             raise ModelError(f"the tokenizer of {source.reference} has neither padding nor end token; add a pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(network))
     network.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def _positions(network: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; many tokenizers do not say, and more would be an index error."""
+    positions = getattr(network.config, "max_position_embeddings", None) or sys.maxsize
+    counts_from_padding = network.config.model_type in ("roberta", "xlm-roberta")
+    return int(positions) - (network.config.pad_token_id + 1 if counts_from_padding else 0)
 
 
 def _config(folder: Path, num_labels: int | None) -> Any:
