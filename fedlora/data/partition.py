@@ -148,7 +148,10 @@ def _column(deal: _Deal) -> list[np.ndarray]:
         known = ", ".join(deal.records.columns) or "none"
         raise DataError(f"data.partition_column = {name} is no further column of these records; they have: {known}")
     values = deal.records.columns[name]
-    distinct = sorted(set(values), key=lambda value: (type(value).__name__, value))
+    try:
+        distinct = sorted(set(values), key=lambda value: (type(value).__name__, value))
+    except TypeError as error:  # lists and other nested values neither hash nor sort
+        raise DataError(f"column {name} holds nested values; wanted one name or number per record") from error
     if len(distinct) != deal.clients:
         raise DataError(
             f"column {name} has {len(distinct)} distinct values for {deal.clients} clients; "

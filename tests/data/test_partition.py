@@ -104,13 +104,14 @@ def test_column_names_the_client() -> None:
         ({"partition": "label_skew", "label_skew": "0,0; 1,2"}, 2, "client 0 without records"),
         ({"partition": "label_skew", "label_skew": "1,2; 1"}, 2, "no preset and no matrix"),
         ({"partition": "label_skew", "label_skew": "sever"}, 2, "no preset and no matrix"),
-        ({"partition": "column", "partition_column": "hospital"}, 2, "they have: site"),
+        ({"partition": "column", "partition_column": "hospital"}, 2, "they have: site, path"),
         ({"partition": "column", "partition_column": "site"}, 3, "2 distinct values for 3 clients"),
+        ({"partition": "column", "partition_column": "path"}, 2, "nested values"),
         ({"task": "stsb", "partition": "dirichlet"}, 2, "stsb has none"),
     ],
 )
 def test_impossible_divisions_say_what_to_do(settings_: dict[str, str], clients: int, message: str) -> None:
-    records = records_of([0, 1] * 4, site=["secret-a", "secret-b"] * 4)
+    records = records_of([0, 1] * 4, site=["secret-a", "secret-b"] * 4, path=[["secret"]] * 8)
     with pytest.raises(DataError, match=message) as caught:
         partition(DataConfig(**settings_), clients, records, SEED)  # type: ignore[arg-type]
     assert "secret" not in str(caught.value)
