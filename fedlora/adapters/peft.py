@@ -10,9 +10,10 @@ head along. With a pooled head, the adapter is for `AutoModel` and the head lies
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,6 +182,8 @@ def _attach(classifier: Classifier, layout: AdapterLayout, *, base_name: str) ->
     """`classifier.network` with an empty PEFT adapter at the layout's modules."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    # PEFT writes these into the config and the card; the folder they name by default is this machine's alone.
+    classifier.network.name_or_path = classifier.network.config.name_or_path = base_name
     prefix = _prefix(classifier)
     targets = [slot.name.removesuffix("/B") for slot in layout.slots if slot.name.endswith("/B")]
     native = classifier.head is None
@@ -193,8 +196,16 @@ def _attach(classifier: Classifier, layout: AdapterLayout, *, base_name: str) ->
         target_modules=[prefix + target for target in targets],
         modules_to_save=_modules_to_save(classifier) if native else None,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
+    with _undisturbed():
         return get_peft_model(classifier.network, config)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """PEFT draws an A that is overwritten at once, and warns about what is handled here or is its own affair."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _modules_to_save(classifier: Classifier) -> list[str]:
@@ -234,8 +245,7 @@ def _merge_adapter(classifier: Classifier, folder: Path) -> None:
 
     saved = _read_tensors(folder / "adapter_model.safetensors")
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT misses is an error below, in our words
+        with _undisturbed():
             adapted = PeftModel.from_pretrained(classifier.network, str(folder))
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         reason = str(error).strip().partition("\n")[0]

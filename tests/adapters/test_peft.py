@@ -128,10 +128,12 @@ def test_a_pooler_without_weights_travels_with_the_adapter(tiny_model, tmp_path)
     torch.testing.assert_close(adapted(**batch).logits, logits(by_hand), atol=1e-5, rtol=1e-5)
 
 
-def test_the_files_name_the_base_and_no_wrapper(tiny_model, tmp_path, untouched_global_generator):
+def test_the_files_name_the_base_and_no_wrapper(tiny_model, tmp_path, monkeypatch, untouched_global_generator):
     from safetensors import safe_open
 
-    name = str(tiny_model("roberta"))
+    folder = tiny_model("roberta")
+    monkeypatch.chdir(folder.parent)
+    name = folder.name
     _, layout, _ = export(tmp_path, ModelConfig(name=name, head="trained"))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["task_type"]) == (name, "SEQ_CLS")
@@ -142,6 +144,8 @@ def test_the_files_name_the_base_and_no_wrapper(tiny_model, tmp_path, untouched_
         if slot.name.endswith("/B"):
             assert f"base_model.model.roberta.{slot.name.removesuffix('/B')}.lora_B.weight" in keys
     assert not any("_module." in key or ".default" in key for key in keys)
+    for file in tmp_path.iterdir():
+        assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
 
 
 def test_regression_predicts_scores(tiny_model, tmp_path):
