@@ -115,6 +115,9 @@ class FederationConfig(_Section, section="federation"):
 class TrainingConfig(_Section, section="training"):
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = setting("sgd", "local optimiser")
     learning_rate: float = setting(8.0, "of the local optimiser", above=0)
+    schedule: Literal["constant", "linear"] = setting(
+        "linear", "of the learning rate over rounds; linear falls to zero after the last"
+    )
     momentum: float = setting(0.9, "of optimizer = momentum", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "of adamw (decoupled) and of the others (added to the gradient)", at_least=0)
     expected_batch_size: int = setting(128, "mean of the Poisson batch size, the public divisor", at_least=1)

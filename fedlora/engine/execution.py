@@ -1,0 +1,109 @@
+"""How a device runs the frozen base: attention kernel, dtype, size of a micro-batch.
+
+`auto` measures: which kernel and dtype are fastest differs by machine and by version (bf16 with eager attention is over
+twice as fast as fp32 SDPA on CPUs with AMX, and slower elsewhere). Private arithmetic is float32 whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from fedlora.cache import read_entry, write_entry
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
+from fedlora.models import load_classifier
+from fedlora.randomness import PublicSeed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 32768  # padded tokens of a micro-batch where the config says auto
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """The choices of one device, part of every record."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    token_budget: int
+
+    def describe(self) -> dict[str, str | int]:
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "token_budget": self.token_budget,
+        }
+
+
+def choose_execution(config: RunConfig) -> Execution:
+    """What the config fixes, and the fastest of the rest by a measurement that is remembered for this machine.
+
+    Raises:
+        ConfigError: the asked device does not exist here.
+    """
+    device = _device(config.run.device)
+    dtypes = list(DTYPES) if config.model.dtype == "auto" else [config.model.dtype]
+    kernels = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
+    candidates = list(product(dtypes, kernels))
+    dtype, attention = candidates[0] if len(candidates) == 1 else _fastest(config, device, candidates)
+    budget = config.engine.token_budget
+    if budget == "auto":
+        budget = CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS
+    return Execution(device=device, dtype=DTYPES[dtype], attention=attention, token_budget=budget)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device = {name} is not available here; use auto or cpu") from error
+    return device
+
+
+def _fastest(config: RunConfig, device: torch.device, candidates: list[tuple[str, str]]) -> tuple[str, str]:
+    """The candidate with the shortest forward and backward, measured once per machine, model and torch version."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    facts = [config.model.name, where, torch.get_num_threads(), torch.__version__, candidates]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    remembered = read_entry("execution", key)
+    if remembered is not None and [remembered.get("dtype"), remembered.get("attention")] in map(list, candidates):
+        return remembered["dtype"], remembered["attention"]
+    seconds = {candidate: _measure(config, device, *candidate) for candidate in candidates}
+    dtype, attention = min(seconds, key=lambda candidate: seconds[candidate])
+    write_entry("execution", key, {"dtype": dtype, "attention": attention})
+    return dtype, attention
+
+
+def _measure(config: RunConfig, device: torch.device, dtype: str, attention: str) -> float:
+    """Best of three: seconds of one forward and backward over 64 records of 16 tokens."""
+    classifier = load_classifier(
+        config.model,
+        num_labels=2,
+        seed=PublicSeed.from_int(0),
+        device=device,
+        dtype=DTYPES[dtype],
+        attention=attention,
+    )
+    ids = torch.randint(5, 100, (64, 16), device=device, generator=torch.Generator(device).manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = next(iter(classifier.target_modules(config.adapter.target_modules).values()))
+    first.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.autograd.grad(classifier(batch).sum(), first.weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

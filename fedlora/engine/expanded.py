@@ -1,0 +1,116 @@
+"""Per-record gradients by the expanded leaf: no hooks, no wrapper, one forward and one backward.
+
+Each record gets its own copy E_i of its client's slot as a leaf of the graph. The forward is a batched product with E, so
+autograd's dLoss/dE is the stack of per-record gradients. Clients are fused by copying different rows of theta; padding,
+ragged Poisson batches and K = 1 are the same code. For B of FFA-LoRA this costs what the summed gradient costs
+(2 N T d r operations either way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapters.slots import AdapterLayout
+from fedlora.engine.backend import Batch, record_losses
+from fedlora.errors import ModelError
+from fedlora.models import Classifier
+
+
+class ExpandedLoraLinear(nn.Module):
+    """y = base(x) + scale * x Aᵀ E_iᵀ with frozen A [r, d_in] and one E_i [d_out, r] per record."""
+
+    def __init__(self, base: nn.Linear, factor: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.register_buffer("factor", factor.to(base.weight), persistent=False)
+        self.expanded: dict[str, Tensor] = {}  # slot suffix -> [N, *shape]; set for the duration of one forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.base(x)
+        if not self.expanded:
+            return output
+        rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [N, T, d_in]
+        inner = rows @ self.factor.T  # type: ignore[operator]
+        leaf = self.expanded["B"].to(inner.dtype).transpose(1, 2)
+        return torch.baddbmm(output.reshape(*inner.shape[:2], -1), inner, leaf, alpha=self.scale).view_as(output)
+
+
+class ExpandedLinear(nn.Module):
+    """A fully trained linear of the head: one weight [d_out, d_in] and bias [d_out] per record."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.expanded: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.expanded:
+            return self.base(x)  # type: ignore[no-any-return]
+        rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        output = rows @ self.expanded["weight"].transpose(1, 2)
+        if "bias" in self.expanded:
+            output = output + self.expanded["bias"].unsqueeze(1)
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+
+class ExpandedBackend:
+    """Replaces the adapted linears of `classifier` and gives per-record gradients of the layout's slots."""
+
+    fuses_clients = True
+
+    def __init__(self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor]) -> None:
+        """Attach.
+
+        Args:
+            classifier: changed in place; its frozen linears stay reachable as `.base`.
+            layout: slots named `<module>/B`, `head:<module>/weight` and `head:<module>/bias`.
+            factors: frozen A [r, d_in] float32 by module path.
+
+        Raises:
+            ModelError: a module also sees inputs shared by all records, for which no per-record gradient exists.
+        """
+        refuse_shared_inputs(classifier, factors)
+        self.classifier, self.layout = classifier, layout
+        adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
+        for path, module in classifier.target_modules(list(factors)).items():
+            adapted[path] = ExpandedLoraLinear(module, factors[path], layout.scale)
+        trained = {slot.name.rpartition("/")[0] for slot in layout.slots}
+        for path, module in classifier.head_modules().items():
+            if f"head:{path}" in trained:
+                adapted[f"head:{path}"] = ExpandedLinear(module)
+        for path, replacement in adapted.items():
+            classifier.replace_module(path, replacement)
+        self._places = [(adapted[path], suffix) for path, _, suffix in (s.name.rpartition("/") for s in layout.slots)]
+
+    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
+        leaves = [self.layout.view(theta, slot)[owner].requires_grad_() for slot in self.layout.slots]
+        loss = record_losses(self._forward(leaves, batch), labels).sum()
+        return [gradient.flatten(1) for gradient in torch.autograd.grad(loss, leaves)]
+
+    @torch.no_grad()
+    def logits(self, theta: Tensor, batch: Batch) -> Tensor:
+        count = len(batch["input_ids"])
+        return self._forward([self.layout.view(theta, s).expand(count, *s.shape) for s in self.layout.slots], batch)
+
+    def _forward(self, expanded: list[Tensor], batch: Batch) -> Tensor:
+        try:
+            for (module, suffix), value in zip(self._places, expanded, strict=True):
+                module.expanded[suffix] = value
+            return self.classifier(batch)  # type: ignore[no-any-return]
+        finally:
+            for module, _ in self._places:
+                module.expanded.clear()  # a stale leaf must never serve another batch
+
+
+def refuse_shared_inputs(classifier: Classifier, modules: Mapping[str, Tensor]) -> None:
+    """Refuse modules that see one input for the whole batch: their gradient does not split into records."""
+    shared = sorted(classifier.shared_input_modules() & set(modules))
+    if shared:
+        raise ModelError(
+            f"{len(shared)} target modules such as {shared[0]} also transform inputs shared by all records, so "
+            "per-record gradients do not exist there; leave their type out of adapter.target_modules"
+        )

@@ -1,0 +1,61 @@
+"""The private prototype head: noisy per-class sums of sentence embeddings, released once, made into a linear head.
+
+Idea of FedNCM (Legate et al., NeurIPS 2023), here under a Gaussian mechanism. A record contributes one unit vector to its
+class's sum and 1 to its class's count, so adding or removing it moves the released vector by at most √2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapters.slots import AdapterLayout
+from fedlora.data.encode import EncodedDataset
+from fedlora.engine.batching import microbatches
+from fedlora.models import Classifier
+
+
+def prototype_layout(num_labels: int, hidden_size: int) -> AdapterLayout:
+    """What a site releases: `sums` [C, h] and `counts` [C]."""
+    shapes = {"prototype/sums": (num_labels, hidden_size), "prototype/counts": (num_labels,)}
+    return AdapterLayout.build(shapes, method="prototype", rank=1, alpha=1.0)
+
+
+@torch.no_grad()
+def class_sums(
+    classifier: Classifier, dataset: EncodedDataset, records: np.ndarray, layout: AdapterLayout, token_budget: int
+) -> Tensor:
+    """Un-noised sums and counts over `records`, flat [C (h + 1)] float32: private until a mechanism has noised it.
+
+    Each record's contribution has L2 norm at most √2; one whose embedding is not finite contributes nothing.
+    """
+    device = next(classifier.parameters()).device
+    total = torch.zeros(layout.size, device=device)
+    sums, counts = (layout.view(total, slot) for slot in layout.slots)
+    for group in microbatches(dataset.lengths[records], token_budget):
+        batch, labels = dataset.batch(records[group], device)
+        embeddings = classifier.embed(batch)
+        usable = torch.isfinite(embeddings).all(dim=1)
+        embeddings, labels = embeddings[usable], labels[usable]
+        embeddings = embeddings / embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)
+        sums.index_add_(0, labels, embeddings)
+        counts += torch.bincount(labels, minlength=len(counts))
+    return total
+
+
+def prototype_head(released: Tensor, layout: AdapterLayout, temperature: float) -> tuple[Tensor, Tensor]:
+    """Nearest-class-mean head from a noisy release: weight [C, h] and bias [C]. Post-processing, costs no privacy.
+
+    With class means m_c, their average m and s the mean distance |m_c - m|, the logits are
+    -temperature / (2 s) * |z - m_c|² up to a term common to all classes. Dividing by s makes the temperature mean the
+    same whether the classes lie close together or far apart.
+    """
+    sums, counts = (layout.view(released, slot) for slot in layout.slots)
+    means = sums / counts.clamp(min=1.0).unsqueeze(1)
+    centre = means.mean(dim=0)
+    offsets = means - centre
+    scale = temperature / offsets.norm(dim=1).mean().clamp(min=1e-6)
+    weight = scale * offsets
+    bias = -scale * (offsets @ centre + offsets.square().sum(dim=1) / 2)
+    return weight, bias

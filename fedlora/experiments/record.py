@@ -1,0 +1,75 @@
+"""record.json: everything needed to re-derive ε and to judge or repeat a run. Keys may be added, never change meaning."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fedlora
+from fedlora.config import RunConfig
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "opacus", "datasets", "numpy", "dp-accounting", "flwr", "safetensors")
+
+
+def make_record(
+    config: RunConfig,
+    *,
+    started: str,
+    wall_seconds: float,
+    metric: dict[str, Any],
+    metrics: dict[str, float],
+    bytes_up: int,
+    bytes_down: int,
+    clients: list[dict[str, Any]],
+    execution: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a finished run; `clients` are the public facts that the sites reported."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fedlora_version": fedlora.__version__,
+        "code_digest": code_digest(),
+        "config_digest": config.digest(),
+        "config": config.to_mapping(),
+        "versions": versions(),
+        "started": started,
+        "wall_seconds": round(wall_seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "noise_seeded": config.privacy.seeded_noise,
+        "private": config.private and not config.privacy.seeded_noise,
+        "metric": metric,
+        "metrics": metrics,
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+        "execution": execution,
+        "clients": clients,
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 over the package's own Python files, by relative path and content."""
+    root = Path(fedlora.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,76 @@
+"""What a stopped run needs to go on, in one safetensors file that is replaced atomically.
+
+Holds the server's public state and, in simulation, the sites' optimiser states (derived from noised gradients only). It never
+holds a secret root: a resumed run draws new noise, which the accounting allows since every round is released once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedlora.errors import RunFolderError
+from fedlora.federation.server import ServerState
+from fedlora.federation.site import Site
+
+FORMAT = "fedlora-checkpoint-1"
+
+
+def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> None:
+    """Write `state` and the sites' optimiser states to `path`; a kill leaves the old file or the new one, whole."""
+    tensors: dict[str, Tensor] = {"theta": state.theta}
+    if state.head is not None:
+        tensors["head/weight"], tensors["head/bias"] = (tensor.cpu() for tensor in state.head)
+    for site in sites:
+        for key, value in (site.optimizer_state or {}).items():
+            if value is not None:
+                tensors[f"site/{site.client}/{key}"] = torch.as_tensor(value).cpu()
+    facts: dict[str, Any] = {
+        "run_id": state.run_id,
+        "next_round": state.next_round,
+        "facts": {str(client): known for client, known in state.facts.items()},
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+    }
+    partial = path.with_suffix(".partial")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(facts)})
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
+    """The state saved at `path`; puts the sites' optimiser states and round counts back in place.
+
+    Raises:
+        RunFolderError: the file is missing, broken or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata.get("format") != FORMAT:
+            raise RunFolderError(f"{path} has format {metadata.get('format')}, wanted {FORMAT}; start the run anew")
+        facts = json.loads(metadata["state"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunFolderError(f"cannot resume from {path}: it is missing or broken; start the run anew") from error
+    for site in sites:
+        prefix = f"site/{site.client}/"
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        site.optimizer_state = own or None
+        site.next_round = facts["next_round"]
+    return ServerState(
+        run_id=facts["run_id"],
+        theta=tensors["theta"],
+        head=(tensors["head/weight"], tensors["head/bias"]) if "head/weight" in tensors else None,
+        next_round=facts["next_round"],
+        facts={int(client): known for client, known in facts["facts"].items()},
+        bytes_up=facts["bytes_up"],
+        bytes_down=facts["bytes_down"],
+    )

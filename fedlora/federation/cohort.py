@@ -1,0 +1,107 @@
+"""K sites' rounds in one engine call. Simulation is K sites here; a deployed client is the same call with K = 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.data.encode import EncodedDataset
+from fedlora.engine.prototypes import class_sums
+from fedlora.engine.training import TrainingJob, train
+from fedlora.errors import ProtocolError
+from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_update
+from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.site import Site
+from fedlora.federation.workbench import Workbench
+from fedlora.privacy.plan import PROTOTYPE
+
+
+@dataclass(kw_only=True)
+class Cohort:
+    """Sites that share a process, a frozen base and one encoded data set (each sees its own positions only)."""
+
+    workbench: Workbench
+    dataset: EncodedDataset
+    sites: Sequence[Site]
+
+    def run(self, instruction: RoundInstruction) -> list[ClientUpdate]:
+        """One round of every site: admit and count, compute, noise, check what leaves.
+
+        Raises:
+            ProtocolError: the instruction fits no round of a site or another layout; nothing is trained.
+        """
+        layout = self.workbench.payload_layout(instruction.phase)
+        if instruction.layout_digest != layout.digest:
+            raise ProtocolError(
+                f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
+                "server and clients run different configurations"
+            )
+        if tuple(instruction.theta.shape) != (self.workbench.layout.size,) or not torch.isfinite(instruction.theta).all():
+            raise ProtocolError(f"instruction's theta has shape {tuple(instruction.theta.shape)} or is not finite")
+        entries = [site.admit(instruction) for site in self.sites]
+        if instruction.head is not None:
+            self.workbench.classifier.set_head(*instruction.head)
+        compute = self._prototypes if instruction.phase == PROTOTYPE else self._train
+        vectors = compute(instruction, entries[0])
+        return [
+            self._update(site, entry, instruction, vector)
+            for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
+        ]
+
+    def _update(
+        self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor
+    ) -> ClientUpdate:
+        layout = self.workbench.payload_layout(instruction.phase)
+        update = ClientUpdate(
+            run_id=instruction.run_id,
+            round_index=entry.index,
+            phase=entry.phase,
+            client=site.client,
+            layout_digest=layout.digest,
+            vector=vector,
+            facts=site.facts(entry),
+        )
+        check_update(update, instruction, layout)
+        return update
+
+    def _train(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
+        bench, index = self.workbench, instruction.round_index
+        device = bench.execution.device
+        jobs = [
+            TrainingJob(
+                records=site.records,
+                phase=site.plan[instruction.phase],
+                sampling=site.secret.numpy("sampling", site.client, index),
+                noise=site.secret.torch("noise", site.client, index, device=device),
+                optimizer_state=site.optimizer_state,
+            )
+            for site in self.sites
+        ]
+        trained = train(
+            bench.backend,
+            self.dataset,
+            jobs,
+            instruction.theta.to(device),
+            num_steps=entry.num_steps,
+            learning_rate=entry.learning_rate,
+            training=bench.config.training,
+            token_budget=bench.execution.token_budget,
+        )
+        if bench.config.training.keep_state:
+            for site, row in zip(self.sites, trained, strict=True):
+                site.optimizer_state = row.optimizer_state
+        return [row.theta.cpu() for row in trained]
+
+    def _prototypes(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
+        bench = self.workbench
+        layout = bench.payload_layout(instruction.phase)
+        released = []
+        for site in self.sites:
+            phase = site.plan[instruction.phase]
+            total = class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
+            noise = site.secret.torch("noise", site.client, entry.index, device=bench.execution.device)
+            released.append(phase.mechanism.privatize(total, sensitivity=phase.sensitivity, generator=noise).cpu())
+        return released

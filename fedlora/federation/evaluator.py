@@ -1,0 +1,61 @@
+"""Metrics of the global adapter on public validation data: free of privacy cost, and said to be so."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.glue import TASKS, available_validation_splits, load_records
+from fedlora.engine.batching import microbatches
+from fedlora.evaluation import glue_metrics
+from fedlora.federation.workbench import Workbench
+from fedlora.randomness import PublicSeed
+
+
+class Evaluator:
+    """Holds the encoded validation splits of a run's task."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        """Load and encode.
+
+        Raises:
+            DataError: no validation split can be found.
+        """
+        self._workbench = workbench
+        self.splits = load_validation(workbench.config, workbench)
+        self.headline = TASKS[workbench.config.data.task].metric
+
+    def __call__(self, theta: Tensor) -> dict[str, float]:
+        """Metrics of `theta` [P], the headline of the first split first; further splits are prefixed by their name."""
+        metrics: dict[str, float] = {}
+        for name, dataset in self.splits.items():
+            prefix = f"{name}/" if metrics else ""
+            found = glue_metrics(self._workbench.config.data.task, self._predict(theta, dataset), dataset.labels)
+            metrics |= {prefix + self.headline: found[self.headline]} | {prefix + key: v for key, v in found.items()}
+        return metrics
+
+    def _predict(self, theta: Tensor, dataset: EncodedDataset) -> np.ndarray:
+        execution, backend = self._workbench.execution, self._workbench.backend
+        predictions = np.empty(len(dataset), dtype=dataset.labels.dtype)
+        for group in microbatches(dataset.lengths, execution.token_budget):
+            batch, labels = dataset.batch(group, execution.device)
+            logits = backend.logits(theta.to(execution.device), batch)
+            chosen = logits[:, 0] if labels.is_floating_point() else logits.argmax(dim=1)
+            predictions[group] = chosen.cpu().numpy()
+        return predictions
+
+
+def load_validation(config: RunConfig, workbench: Workbench) -> dict[str, EncodedDataset]:
+    seed = PublicSeed.from_int(config.run.seed)
+    return {
+        split: encode(
+            load_records(
+                config.data.task, config.data.source, split, generated_records=config.data.generated_records, seed=seed
+            ),
+            workbench.classifier.tokenizer,
+            config.data.max_length,
+        )
+        for split in available_validation_splits(config.data.task, config.data.source)
+    }

@@ -1,0 +1,159 @@
+"""The server's side of a run: instruct, collect, average, evaluate, remember. Knows no transport and no private value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedlora.engine.prototypes import prototype_head
+from fedlora.errors import FedloraError, ProtocolError
+from fedlora.federation.aggregation import uniform_mean
+from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
+from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.workbench import Workbench
+from fedlora.privacy.plan import PROTOTYPE
+
+Metrics = Mapping[str, float]
+Reply = ClientUpdate | ClientFailure
+
+
+class Transport(Protocol):
+    """Carries one round's instruction to clients and their replies back; a silent client is a ClientFailure."""
+
+    def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]: ...
+
+
+@dataclass(kw_only=True)
+class ServerState:
+    """All that the server needs to go on after a stop; nothing in it is secret."""
+
+    run_id: str
+    theta: Tensor
+    """[P] float32 on the CPU."""
+    head: tuple[Tensor, Tensor] | None = None
+    next_round: int = 0
+    facts: dict[int, Facts] = field(default_factory=dict)
+    """The latest public facts of each client."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """What is known after a round; everything in it is public."""
+
+    round: int
+    phase: str
+    metric: float | None
+    metrics: Metrics
+    epsilon_max: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    clients_ok: int
+    clients_failed: int
+    failures: Mapping[int, str]
+
+
+@dataclass(kw_only=True)
+class Server:
+    """Runs the schedule over a transport."""
+
+    workbench: Workbench
+    transport: Transport
+    evaluate: Callable[[Tensor], Metrics]
+    """Metrics of a global theta [P] on public validation data; the first is the headline."""
+    on_round: Callable[[RoundReport, ServerState], None]
+    """Called after every round with its report and the state to go on from."""
+
+    def run(self, state: ServerState) -> ServerState:
+        """All rounds from `state.next_round` on.
+
+        Raises:
+            FedloraError: no client answered a round, so the run cannot go on.
+        """
+        if state.head is not None:
+            self.workbench.classifier.set_head(*state.head)
+        for entry in self.workbench.schedule[state.next_round :]:
+            self.on_round(self._round(entry, state), state)
+        return state
+
+    def _round(self, entry: ScheduledRound, state: ServerState) -> RoundReport:
+        start = time.perf_counter()
+        layout = self.workbench.payload_layout(entry.phase)
+        instruction = RoundInstruction(
+            run_id=state.run_id,
+            round_index=entry.index,
+            phase=entry.phase,
+            layout_digest=layout.digest,
+            theta=state.theta,
+            head=state.head,
+        )
+        updates, failures = self._sort(self.transport.exchange(instruction, entry.clients), instruction, entry)
+        if not updates:
+            raise FedloraError(
+                f"round {entry.index} ({entry.phase}): none of {len(entry.clients)} clients answered usably "
+                f"({', '.join(sorted(set(failures.values())))}); the clients' own logs say why"
+            )
+        self._apply(entry, state, uniform_mean(updates))
+        state.facts.update({update.client: update.facts for update in updates})
+        up = sum(update.vector.nbytes for update in updates)
+        down = instruction.num_bytes * len(entry.clients)
+        state.bytes_up, state.bytes_down, state.next_round = state.bytes_up + up, state.bytes_down + down, entry.index + 1
+        metrics = self._metrics(entry, state)
+        return RoundReport(
+            round=entry.index,
+            phase=entry.phase,
+            metric=next(iter(metrics.values()), None),
+            metrics=metrics,
+            epsilon_max=max(facts["epsilon"] for facts in state.facts.values()),
+            bytes_up=up,
+            bytes_down=down,
+            seconds=time.perf_counter() - start,
+            clients_ok=len(updates),
+            clients_failed=len(failures),
+            failures=failures,
+        )
+
+    def _sort(
+        self, replies: list[Reply], instruction: RoundInstruction, entry: ScheduledRound
+    ) -> tuple[list[ClientUpdate], dict[int, str]]:
+        """Usable updates, one per asked client, and a code for everyone else."""
+        updates: dict[int, ClientUpdate] = {}
+        failures = dict.fromkeys(entry.clients, "no_reply")
+        layout = self.workbench.payload_layout(entry.phase)
+        for reply in replies:
+            if reply.client not in failures or reply.client in updates:
+                continue  # not asked, or a second answer
+            if isinstance(reply, ClientFailure):
+                failures[reply.client] = reply.code
+                continue
+            try:
+                check_update(reply, instruction, layout)
+            except ProtocolError:
+                failures[reply.client] = "protocol"
+            else:
+                updates[reply.client] = reply
+        return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
+
+    def _apply(self, entry: ScheduledRound, state: ServerState, mean: Tensor) -> None:
+        if entry.phase == PROTOTYPE:
+            layout = self.workbench.payload_layout(PROTOTYPE)
+            state.head = prototype_head(mean, layout, self.workbench.config.model.temperature)
+            self.workbench.classifier.set_head(*state.head)
+        else:
+            state.theta = mean
+
+    def _metrics(self, entry: ScheduledRound, state: ServerState) -> Metrics:
+        last = entry.index == len(self.workbench.schedule) - 1
+        due = entry.phase == PROTOTYPE or (entry.index + 1) % self.workbench.config.run.evaluate_every == 0
+        return self.evaluate(state.theta) if due or last else {}
+
+
+def initial_state(workbench: Workbench, run_id: str) -> ServerState:
+    return ServerState(run_id=run_id, theta=workbench.initial_theta().to("cpu", torch.float32))

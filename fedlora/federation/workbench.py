@@ -1,0 +1,139 @@
+"""Everything a participant builds from the config alone: base model, layout, engine, and the public parts of the data.
+
+Server, simulated cohort and a single client build the same thing, so their layouts agree by digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapters.methods import ffa
+from fedlora.adapters.slots import AdapterLayout
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.fingerprint import fingerprint
+from fedlora.data.glue import TASKS, Records, load_records
+from fedlora.data.partition import partition
+from fedlora.engine.backend import GradientBackend
+from fedlora.engine.execution import Execution, choose_execution
+from fedlora.engine.expanded import ExpandedBackend
+from fedlora.engine.prototypes import prototype_layout
+from fedlora.models import Classifier, load_classifier
+from fedlora.privacy.plan import PROTOTYPE, PrivacyPlan, make_plan
+from fedlora.randomness import PublicSeed, SecretRoot
+from fedlora.federation.schedule import ScheduledRound, make_schedule
+from fedlora.federation.site import Site
+
+
+@dataclass(kw_only=True)
+class Workbench:
+    """One process's shared, frozen things; a client on top of it costs kilobytes."""
+
+    config: RunConfig
+    execution: Execution
+    classifier: Classifier
+    layout: AdapterLayout
+    backend: GradientBackend
+    schedule: tuple[ScheduledRound, ...]
+
+    def payload_layout(self, phase: str) -> AdapterLayout:
+        """What a client sends back in `phase`."""
+        if phase == PROTOTYPE:
+            return prototype_layout(self.classifier.num_labels, self.classifier.hidden_size)
+        return self.layout
+
+    def initial_theta(self) -> Tensor:
+        """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
+        theta = torch.zeros(self.layout.size, device=self.execution.device)
+        heads = {f"head:{path}": module for path, module in self.classifier.head_modules().items()}
+        for slot in self.layout.slots:
+            path, _, suffix = slot.name.rpartition("/")
+            if path in heads:
+                self.layout.view(theta, slot).copy_(getattr(heads[path], suffix))
+        return theta
+
+
+def build_workbench(config: RunConfig) -> Workbench:
+    """Load the base model and attach the adapters.
+
+    Raises:
+        ModelError: the model or a target module cannot be found.
+    """
+    seed = PublicSeed.from_int(config.run.seed)
+    execution = choose_execution(config)
+    classifier = load_classifier(
+        config.model,
+        num_labels=TASKS[config.data.task].num_labels,
+        seed=seed,
+        device=execution.device,
+        dtype=execution.dtype,
+        attention=execution.attention,
+    )
+    adapter = config.adapter
+    modules = classifier.target_modules(adapter.target_modules)
+    heads = classifier.head_modules() if config.model.head == "trained" else {}
+    layout = ffa.build_layout(modules, heads, rank=adapter.rank, alpha=adapter.alpha)
+    factors = {
+        name: ffa.frozen_factor(seed, name, adapter.rank, module.in_features) for name, module in modules.items()
+    }
+    return Workbench(
+        config=config,
+        execution=execution,
+        classifier=classifier,
+        layout=layout,
+        backend=_make_backend(config, classifier, layout, factors),
+        schedule=make_schedule(config),
+    )
+
+
+def _make_backend(
+    config: RunConfig, classifier: Classifier, layout: AdapterLayout, factors: dict[str, Tensor]
+) -> GradientBackend:
+    if config.engine.backend == "opacus":
+        from fedlora.engine.opacus import OpacusBackend
+
+        return OpacusBackend(classifier, layout, factors)
+    return ExpandedBackend(classifier, layout, factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedData:
+    """The training records of a simulated federation and who holds which."""
+
+    records: Records
+    parts: list[np.ndarray]
+
+
+def load_simulated_data(config: RunConfig) -> SimulatedData:
+    """Training records and their partition, disjoint by construction.
+
+    Raises:
+        DataError: records cannot be found or divided as asked.
+    """
+    data, seed = config.data, PublicSeed.from_int(config.run.seed)
+    records = load_records(
+        data.task, data.source, "train", generated_records=data.generated_records, seed=seed
+    )
+    return SimulatedData(records=records, parts=partition(data, config.federation.clients, records, seed))
+
+
+def make_sites(config: RunConfig, data: SimulatedData, schedule: tuple[ScheduledRound, ...]) -> list[Site]:
+    """One site per part, each with its own plan and its own secret streams."""
+    return [make_site(config, data, schedule, client) for client in range(config.federation.clients)]
+
+
+def make_site(config: RunConfig, data: SimulatedData, schedule: tuple[ScheduledRound, ...], client: int) -> Site:
+    own = data.parts[client]
+    mine = [entry for entry in schedule if client in entry.clients]
+    num_rounds = sum(entry.phase != PROTOTYPE for entry in mine)
+    plan = make_plan(config, num_examples=len(own), num_rounds=num_rounds, client=client)
+    secret = SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os()
+    return Site(client=client, records=own, plan=plan, schedule=tuple(mine), secret=secret)
+
+
+def encode_training_data(workbench: Workbench, data: SimulatedData) -> EncodedDataset:
+    return encode(data.records, workbench.classifier.tokenizer, workbench.config.data.max_length)

@@ -1,0 +1,152 @@
+"""PrivacyPlan: sampling, clipping, noise and accounting of one site's whole run, made together so they cannot disagree.
+
+A run is a sequence of phases. Each has one mechanism, one sampler, one sensitivity and a planned number of steps; all
+phases are priced by one accountant, and the noise of fine-tuning is what remains to be chosen so that the total meets ε.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import DataError
+from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy.calibration import calibrate_noise_multiplier
+from fedlora.privacy.clipping import Clipping
+from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.sampling import PoissonSampler
+
+PROTOTYPE, FINETUNE = "prototype", "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """One mechanism, run `num_steps` times on batches of one sampler, each record clipped to the sensitivity."""
+
+    name: str
+    sampler: PoissonSampler
+    clipping: Clipping
+    mechanism: GaussianMechanism
+    num_steps: int
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 distance that adding or removing one record can make to one step's sum."""
+        return self.clipping.clip_norm
+
+    def charge(self, num_steps: int | None = None) -> Charge:
+        """What the accountant sees of `num_steps` steps (all planned ones by default)."""
+        steps = self.num_steps if num_steps is None else num_steps
+        return Charge(self.sampler.sampling_probability, self.mechanism.effective_noise_multiplier, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """All phases of one site, in order, and the guarantee that they meet together."""
+
+    phases: tuple[PhasePlan, ...]
+    delta: float
+    accountant: str
+
+    def __getitem__(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    def epsilon(self) -> float:
+        """ε at `delta` of the whole plan; inf for a run without noise."""
+        return epsilon([phase.charge() for phase in self.phases], self.delta, self.accountant)
+
+    def describe(self, steps: Mapping[str, int], *, spent: float) -> dict[str, Any]:
+        """Public facts from which anyone can derive ε anew: what ran so far, and the ε `spent` by it.
+
+        Args:
+            steps: private steps done so far, by phase.
+            spent: ε of exactly these steps.
+        """
+        finetune = self[FINETUNE]
+        return {
+            "unit": "record",
+            "relation": "add/remove",
+            "delta": self.delta,
+            "epsilon": spent,
+            "accountant": self.accountant,
+            "sampling_probability": finetune.sampler.sampling_probability,
+            "noise_multiplier": finetune.mechanism.noise_multiplier,
+            "effective_noise_multiplier": finetune.mechanism.effective_noise_multiplier,
+            "num_steps": steps.get(FINETUNE, 0),
+            "mechanism": finetune.mechanism.name,
+            "clip_norm": finetune.clipping.clip_norm,
+            "clipping": finetune.clipping.kind,
+            "phases": [
+                {
+                    "name": phase.name,
+                    "mechanism": phase.mechanism.name,
+                    "sampling_probability": phase.sampler.sampling_probability,
+                    "effective_noise_multiplier": phase.mechanism.effective_noise_multiplier,
+                    "sensitivity": phase.sensitivity,
+                    "num_steps": steps.get(phase.name, 0),
+                }
+                for phase in self.phases
+            ],
+        }
+
+
+def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: int) -> PrivacyPlan:
+    """The plan of a site with `num_examples` records that takes part in `num_rounds` fine-tuning rounds.
+
+    With ε = inf the same plan without noise: its ε is inf.
+
+    Raises:
+        DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
+        BudgetRefused: the phases before fine-tuning alone exceed ε.
+    """
+    privacy, batch = config.privacy, config.training.expected_batch_size
+    if config.private and privacy.delta >= 1 / num_examples:
+        raise DataError(
+            f"privacy.delta = {privacy.delta:g} is not below 1/n = {1 / num_examples:.3g} of client {client} "
+            f"({num_examples} records): at that δ one record in n may be published. Set privacy.delta below it"
+        )
+    if batch > num_examples:
+        raise DataError(
+            f"training.expected_batch_size = {batch}, but client {client} has {num_examples} records; "
+            f"set it to at most {num_examples}"
+        )
+    before = _prototype_phases(config)
+    num_steps = num_rounds * config.federation.local_steps
+    probability = batch / num_examples
+    noise_multiplier = 0.0
+    if config.private and num_steps:
+        noise_multiplier = calibrate_noise_multiplier(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_probability=probability,
+            num_steps=num_steps,
+            fixed=[phase.charge() for phase in before],
+            accountant=privacy.accountant,
+        )
+    finetune = PhasePlan(
+        name=FINETUNE,
+        sampler=PoissonSampler(probability),
+        clipping=Clipping(privacy.clipping, privacy.clip_norm),
+        mechanism=GaussianMechanism(noise_multiplier),
+        num_steps=num_steps,
+    )
+    return PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)
+
+
+def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
+    """The one release of per-class sums and counts: a record moves one unit row and one count, √2 in L2."""
+    if config.model.head != "prototype":
+        return ()
+    noise_multiplier = config.privacy.prototype_noise_multiplier if config.private else 0.0
+    return (
+        PhasePlan(
+            name=PROTOTYPE,
+            sampler=PoissonSampler(1.0),
+            clipping=Clipping("flat", math.sqrt(2.0)),
+            mechanism=GaussianMechanism(noise_multiplier),
+            num_steps=1,
+        ),
+    )
