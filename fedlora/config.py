@@ -94,9 +94,7 @@ class DataConfig(_Section, section="data"):
     generated_records: int = setting(6000, "training records of the generated corpus", at_least=8)
     partition: Literal["iid", "dirichlet", "label_skew", "column"] = setting("iid", "how clients share the records")
     dirichlet_alpha: float = setting(0.5, "concentration of the dirichlet partition", above=0)
-    label_skew: str = setting(
-        "severe", 'a preset, or rows by client of shares by label: "0.9,0.1; 0.1,0.9; 0.5,0.5"'
-    )
+    label_skew: str = setting("severe", 'a preset, or rows by client of shares by label: "0.9,0.1; 0.1,0.9; 0.5,0.5"')
     partition_column: str = setting("", "column whose values name the client, for partition = column")
     max_length: int = setting(128, "tokens; longer inputs are cut", at_least=4)
 
@@ -183,7 +181,9 @@ class RunConfig:
         for section, table in tables.items():
             _require_known(section, SECTIONS, "section", f"[{section}]")
             if not isinstance(table, Mapping):
-                raise ConfigError(f"[{section}] is {_shown(table)}, wanted a table of keys; write [{section}] above them")
+                raise ConfigError(
+                    f"[{section}] is {_shown(table)}, wanted a table of keys; write [{section}] above them"
+                )
             merged[section] = dict(table)
         for override in overrides:
             section, key, value = _parse_override(override)
@@ -280,7 +280,9 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     if origin is Literal:
         if value in arguments and type(value) is str:
             return value
-        raise ConfigError(f"{name} = {_shown(value)}, wanted one of {', '.join(map(str, arguments))}{_near(value, arguments)}")
+        raise ConfigError(
+            f"{name} = {_shown(value)}, wanted one of {', '.join(map(str, arguments))}{_near(value, arguments)}"
+        )
     if origin is types.UnionType or origin is typing.Union:
         for option in arguments:
             try:
@@ -322,11 +324,13 @@ def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
 def _check_relations(config: RunConfig) -> None:
     if config.data.task == "stsb" and config.model.head == "prototype":
         raise ConfigError(
-            "model.head = prototype needs classes, but data.task = stsb is a regression; set model.head=trained or frozen"
+            "model.head = prototype needs classes, but data.task = stsb is a regression; "
+            "set model.head=trained or model.head=frozen"
         )
     if config.data.task == "stsb" and config.data.partition in ("dirichlet", "label_skew"):
         raise ConfigError(
-            f"data.partition = {config.data.partition} divides by class, but data.task = stsb has none; set data.partition=iid"
+            f"data.partition = {config.data.partition} divides by class, but data.task = stsb has none; "
+            "set data.partition=iid"
         )
     if config.data.partition == "column" and not config.data.partition_column:
         raise ConfigError("data.partition = column needs data.partition_column; name the column that holds the client")

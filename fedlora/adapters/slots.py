@@ -69,4 +69,5 @@ class AdapterLayout:
         """
         if flat.shape[-1] != self.size:
             raise AdapterError(f"flat vector has {flat.shape[-1]} numbers, this layout wants {self.size}")
-        return flat[..., slot.offset : slot.offset + slot.size].unflatten(-1, slot.shape)
+        part: Tensor = flat[..., slot.offset : slot.offset + slot.size].unflatten(-1, slot.shape)
+        return part

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 
 from fedlora.cache import read_entry, write_entry
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.models import load_classifier
 from fedlora.randomness import PublicSeed
 
+Attention = Literal["auto", "eager", "sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 32768  # padded tokens of a micro-batch where the config says auto
 
@@ -30,7 +34,7 @@ class Execution:
 
     device: torch.device
     dtype: torch.dtype
-    attention: str
+    attention: Attention
     token_budget: int
 
     def describe(self) -> dict[str, str | int]:
@@ -50,7 +54,7 @@ def choose_execution(config: RunConfig) -> Execution:
     """
     device = _device(config.run.device)
     dtypes = list(DTYPES) if config.model.dtype == "auto" else [config.model.dtype]
-    kernels = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
+    kernels: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
     candidates = list(product(dtypes, kernels))
     dtype, attention = candidates[0] if len(candidates) == 1 else _fastest(config, device, candidates)
     budget = config.engine.token_budget
@@ -71,38 +75,45 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _fastest(config: RunConfig, device: torch.device, candidates: list[tuple[str, str]]) -> tuple[str, str]:
+def _fastest(
+    config: RunConfig, device: torch.device, candidates: Sequence[tuple[str, Attention]]
+) -> tuple[str, Attention]:
     """The candidate with the shortest forward and backward, measured once per machine, model and torch version."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     facts = [config.model.name, where, torch.get_num_threads(), torch.__version__, candidates]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    remembered = read_entry("execution", key)
-    if remembered is not None and [remembered.get("dtype"), remembered.get("attention")] in map(list, candidates):
-        return remembered["dtype"], remembered["attention"]
-    seconds = {candidate: _measure(config, device, *candidate) for candidate in candidates}
-    dtype, attention = min(seconds, key=lambda candidate: seconds[candidate])
-    write_entry("execution", key, {"dtype": dtype, "attention": attention})
-    return dtype, attention
+    remembered = (read_entry("execution", key) or {}).get("fastest")
+    for candidate in candidates:
+        if remembered == list(candidate):
+            return candidate
+    fastest = min(candidates, key=lambda candidate: _measure(config, device, *candidate))
+    write_entry("execution", key, {"fastest": fastest})
+    return fastest
 
 
-def _measure(config: RunConfig, device: torch.device, dtype: str, attention: str) -> float:
-    """Best of three: seconds of one forward and backward over 64 records of 16 tokens."""
-    classifier = load_classifier(
-        config.model,
-        num_labels=2,
-        seed=PublicSeed.from_int(0),
-        device=device,
-        dtype=DTYPES[dtype],
-        attention=attention,
-    )
+def _measure(config: RunConfig, device: torch.device, dtype: str, attention: Attention) -> float:
+    """Best of three: seconds of one forward and backward over 64 records of 16 tokens; inf where the model lacks it."""
+    try:
+        classifier = load_classifier(
+            config.model,
+            num_labels=2,
+            seed=PublicSeed.from_int(0),
+            device=device,
+            dtype=DTYPES[dtype],
+            attention=attention,
+        )
+    except ModelError:
+        if attention == "sdpa":
+            return math.inf  # some families have no such kernel
+        raise
     ids = torch.randint(5, 100, (64, 16), device=device, generator=torch.Generator(device).manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    first = next(iter(classifier.target_modules(config.adapter.target_modules).values()))
-    first.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
+    lowest = next(iter(classifier.target_modules(config.adapter.target_modules).values()))
+    lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        torch.autograd.grad(classifier(batch).sum(), first.weight)
+        torch.autograd.grad(classifier(batch).sum(), lowest.weight)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

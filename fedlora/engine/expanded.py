@@ -1,9 +1,9 @@
 """Per-record gradients by the expanded leaf: no hooks, no wrapper, one forward and one backward.
 
-Each record gets its own copy E_i of its client's slot as a leaf of the graph. The forward is a batched product with E, so
-autograd's dLoss/dE is the stack of per-record gradients. Clients are fused by copying different rows of theta; padding,
-ragged Poisson batches and K = 1 are the same code. For B of FFA-LoRA this costs what the summed gradient costs
-(2 N T d r operations either way).
+Each record gets its own copy E_i of its client's slot as a leaf of the graph. The forward is a batched product with
+E, so autograd's dLoss/dE is the stack of per-record gradients. Clients are fused by copying different rows of theta;
+padding, ragged Poisson batches and K = 1 are the same code. For B of FFA-LoRA this costs what the summed gradient
+costs (2 N T d r operations either way).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Per-record gradients from Opacus' GradSampleModule: the general and the reference back end.
 
-Same layout, plan, clipping, noise and optimiser as every back end; only the gradients come from Opacus' hooks. One client
-at a time, since a module has one weight.
+Same layout, plan, clipping, noise and optimiser as every back end; only the gradients come from Opacus' hooks. One
+client at a time, since a module has one weight.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class OpacusBackend:
 
         refuse_shared_inputs(classifier, factors)
         self.layout = layout
-        parameters: dict[str, nn.Parameter] = {}
+        parameters: dict[str, Tensor] = {}
         for path, module in classifier.target_modules(list(factors)).items():
             replacement = _LoraLinear(module, factors[path], layout.scale)
             classifier.replace_module(path, replacement)

@@ -1,7 +1,7 @@
 """The private prototype head: noisy per-class sums of sentence embeddings, released once, made into a linear head.
 
-Idea of FedNCM (Legate et al., NeurIPS 2023), here under a Gaussian mechanism. A record contributes one unit vector to its
-class's sum and 1 to its class's count, so adding or removing it moves the released vector by at most √2.
+Idea of FedNCM (Legate et al., NeurIPS 2023), here under a Gaussian mechanism. A record contributes one unit vector to
+its class's sum and 1 to its class's count, so adding or removing it moves the released vector by at most √2.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def prototype_head(released: Tensor, layout: AdapterLayout, temperature: float) 
     """Nearest-class-mean head from a noisy release: weight [C, h] and bias [C]. Post-processing, costs no privacy.
 
     With class means m_c, their average m and s the mean distance |m_c - m|, the logits are
-    -temperature / (2 s) * |z - m_c|² up to a term common to all classes. Dividing by s makes the temperature mean the
-    same whether the classes lie close together or far apart.
+    log(count_c) - temperature / (2 s) * |z - m_c|² up to a term common to all classes: a Gaussian class model with its
+    prior, without which training first shifts every embedding towards the larger class. Dividing by s makes the
+    temperature mean the same whether the classes lie close together or far apart.
     """
     sums, counts = (layout.view(released, slot) for slot in layout.slots)
     means = sums / counts.clamp(min=1.0).unsqueeze(1)
@@ -57,5 +58,6 @@ def prototype_head(released: Tensor, layout: AdapterLayout, temperature: float) 
     offsets = means - centre
     scale = temperature / offsets.norm(dim=1).mean().clamp(min=1e-6)
     weight = scale * offsets
-    bias = -scale * (offsets @ centre + offsets.square().sum(dim=1) / 2)
+    prior = counts.clamp(min=1.0).log()
+    bias = prior - prior.mean() - scale * (offsets @ centre + offsets.square().sum(dim=1) / 2)
     return weight, bias

@@ -1,7 +1,7 @@
 """Private local training of K clients at once: Poisson batch, clip, sum, noise, divide, step.
 
-The caller hands over jobs and gets trained rows. It never sees a gradient, a batch or a loss, so an unclipped or un-noised
-one cannot escape.
+The caller hands over jobs and gets trained rows. It never sees a gradient, a batch or a loss, so an unclipped or
+un-noised one cannot escape.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def train(
 ) -> list[TrainedRow]:
     """Train every job for `num_steps` private steps from the common `theta` [P] float32.
 
-    Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients, adds noise once per
-    job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
+    Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients, adds noise once
+    per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
     """
     rows = theta.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
@@ -111,9 +111,7 @@ def _groups(lengths: np.ndarray, owner: np.ndarray, token_budget: int, *, fused:
             yield positions[group]
 
 
-def _make_optimizer(
-    training: TrainingConfig, rate: float, parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
+def _make_optimizer(training: TrainingConfig, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimiser, one parameter per client: element-wise rules keep the clients apart."""
     decay = training.weight_decay
     match training.optimizer:

@@ -1,4 +1,4 @@
-"""record.json: everything needed to re-derive ε and to judge or repeat a run. Keys may be added, never change meaning."""
+"""record.json: what is needed to re-derive ε and to judge or repeat a run. Keys may be added, never change meaning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The folder a run leaves behind: what was asked, what happened, what it cost, and the adapter.
 
-    config.toml   as resolved         rounds.jsonl   one object per round       curve.png
-    record.json   the whole account   adapter/       in PEFT format             checkpoint.safetensors   while it runs
+config.toml   as resolved         rounds.jsonl   one object per round       curve.png
+record.json   the whole account   adapter/       in PEFT format             checkpoint.safetensors   while it runs
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
         except OSError as error:
-            raise RunFolderError(f"cannot make run folder {path}: {error.strerror}; choose another with --out") from error
+            raise RunFolderError(
+                f"cannot make run folder {path}: {error.strerror}; choose another with --out"
+            ) from error
         if occupied:
             raise RunFolderError(
-                f"run folder {path} is not empty and is left as it is; choose another with --out, or go on with --resume {path}"
+                f"run folder {path} is not empty and is left as it is; choose another with --out, "
+                f"or go on with --resume {path}"
             )
         folder = cls(path)
         folder.config_file.write_text(config.to_toml(), encoding="utf-8")
@@ -56,7 +59,9 @@ class RunFolder:
         """
         folder = cls(path)
         if not folder.config_file.is_file():
-            raise RunFolderError(f"{path} is not a run folder: it has no config.toml; give the folder of an earlier run")
+            raise RunFolderError(
+                f"{path} is not a run folder: it has no config.toml; give the folder of an earlier run"
+            )
         if folder.record_file.exists():
             raise RunFolderError(f"the run in {path} has ended (record.json is there); start a new one")
         return folder

@@ -13,8 +13,8 @@ from fedlora.federation.messages import ClientUpdate
 def uniform_mean(updates: Sequence[ClientUpdate]) -> Tensor:
     """Mean of the clients' vectors [P], in client order so that float sums do not depend on arrival.
 
-    With FFA's common A, the mean of B gives exactly the mean of the products B A. Weights are equal on purpose: weighting by
-    the number of records would publish it and change each site's influence.
+    With FFA's common A, the mean of B gives exactly the mean of the products B A. Weights are equal on purpose:
+    weighting by the number of records would publish it and change each site's influence.
     """
     ordered = sorted(updates, key=lambda update: update.client)
     return torch.stack([update.vector for update in ordered]).mean(dim=0)

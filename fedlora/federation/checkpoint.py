@@ -1,7 +1,8 @@
 """What a stopped run needs to go on, in one safetensors file that is replaced atomically.
 
-Holds the server's public state and, in simulation, the sites' optimiser states (derived from noised gradients only). It never
-holds a secret root: a resumed run draws new noise, which the accounting allows since every round is released once.
+Holds the server's public state and, in simulation, the sites' optimiser states (derived from noised gradients only).
+It never holds a secret root: a resumed run draws new noise, which the accounting allows since every round is released
+once.
 """
 
 from __future__ import annotations

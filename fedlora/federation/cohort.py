@@ -39,7 +39,10 @@ class Cohort:
                 f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
                 "server and clients run different configurations"
             )
-        if tuple(instruction.theta.shape) != (self.workbench.layout.size,) or not torch.isfinite(instruction.theta).all():
+        if (
+            tuple(instruction.theta.shape) != (self.workbench.layout.size,)
+            or not torch.isfinite(instruction.theta).all()
+        ):
             raise ProtocolError(f"instruction's theta has shape {tuple(instruction.theta.shape)} or is not finite")
         entries = [site.admit(instruction) for site in self.sites]
         if instruction.head is not None:
@@ -51,9 +54,7 @@ class Cohort:
             for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
         ]
 
-    def _update(
-        self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor
-    ) -> ClientUpdate:
+    def _update(self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor) -> ClientUpdate:
         layout = self.workbench.payload_layout(instruction.phase)
         update = ClientUpdate(
             run_id=instruction.run_id,

@@ -1,4 +1,4 @@
-"""The server's side of a run: instruct, collect, average, evaluate, remember. Knows no transport and no private value."""
+"""The server's side of a run: instruct, collect, average, evaluate. Knows no transport and no private value."""
 
 from __future__ import annotations
 
@@ -104,7 +104,11 @@ class Server:
         state.facts.update({update.client: update.facts for update in updates})
         up = sum(update.vector.nbytes for update in updates)
         down = instruction.num_bytes * len(entry.clients)
-        state.bytes_up, state.bytes_down, state.next_round = state.bytes_up + up, state.bytes_down + down, entry.index + 1
+        state.bytes_up, state.bytes_down, state.next_round = (
+            state.bytes_up + up,
+            state.bytes_down + down,
+            entry.index + 1,
+        )
         metrics = self._metrics(entry, state)
         return RoundReport(
             round=entry.index,

@@ -43,7 +43,8 @@ class Site:
         entry = next((entry for entry in self.schedule if entry.index == instruction.round_index), None)
         if entry is None or entry.phase != instruction.phase:
             raise ProtocolError(
-                f"client {self.client} is not scheduled for round {instruction.round_index} of phase {instruction.phase}"
+                f"client {self.client} is not scheduled for round {instruction.round_index} "
+                f"of phase {instruction.phase}"
             )
         if entry.index < self.next_round:
             raise ProtocolError(f"client {self.client} has already done round {entry.index}; each round is done once")

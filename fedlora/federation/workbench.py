@@ -15,18 +15,17 @@ from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
-from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import TASKS, Records, load_records
 from fedlora.data.partition import partition
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.prototypes import prototype_layout
-from fedlora.models import Classifier, load_classifier
-from fedlora.privacy.plan import PROTOTYPE, PrivacyPlan, make_plan
-from fedlora.randomness import PublicSeed, SecretRoot
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.site import Site
+from fedlora.models import Classifier, load_classifier
+from fedlora.privacy.plan import PROTOTYPE, make_plan
+from fedlora.randomness import PublicSeed, SecretRoot
 
 
 @dataclass(kw_only=True)
@@ -115,9 +114,7 @@ def load_simulated_data(config: RunConfig) -> SimulatedData:
         DataError: records cannot be found or divided as asked.
     """
     data, seed = config.data, PublicSeed.from_int(config.run.seed)
-    records = load_records(
-        data.task, data.source, "train", generated_records=data.generated_records, seed=seed
-    )
+    records = load_records(data.task, data.source, "train", generated_records=data.generated_records, seed=seed)
     return SimulatedData(records=records, parts=partition(data, config.federation.clients, records, seed))
 
 

@@ -1,7 +1,8 @@
 """PrivacyPlan: sampling, clipping, noise and accounting of one site's whole run, made together so they cannot disagree.
 
 A run is a sequence of phases. Each has one mechanism, one sampler, one sensitivity and a planned number of steps; all
-phases are priced by one accountant, and the noise of fine-tuning is what remains to be chosen so that the total meets ε.
+phases are priced by one accountant, and the noise of fine-tuning is what remains to be chosen so that the total
+meets ε.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.config import RunConfig
-from fedlora.errors import DataError
+from fedlora.errors import BudgetRefused, DataError
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.calibration import calibrate_noise_multiplier
 from fedlora.privacy.clipping import Clipping
@@ -133,7 +134,14 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
         mechanism=GaussianMechanism(noise_multiplier),
         num_steps=num_steps,
     )
-    return PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)
+    plan = PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)
+    spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
+    if spends > privacy.epsilon:
+        raise BudgetRefused(
+            f"the plan of client {client} would spend ε = {spends:.4f}, asked was {privacy.epsilon:g}; nothing was "
+            "computed. Delete fedlora's cache folder and try again"
+        )
+    return plan
 
 
 def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:

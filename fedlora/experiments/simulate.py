@@ -1,0 +1,195 @@
+"""A whole run: prepare, train over a transport, leave a run folder. Both transports end in `run_server`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedlora.adapters.peft import export_adapter
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset
+from fedlora.data.glue import TASKS
+from fedlora.engine.execution import choose_execution
+from fedlora.experiments.plots import plot_curve
+from fedlora.experiments.record import make_record
+from fedlora.experiments.run_folder import RunFolder
+from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
+from fedlora.federation.cohort import Cohort
+from fedlora.federation.evaluator import Evaluator
+from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.server import Reply, RoundReport, Server, ServerState, Transport, initial_state
+from fedlora.federation.site import Site
+from fedlora.federation.workbench import (
+    Workbench,
+    build_workbench,
+    encode_training_data,
+    load_simulated_data,
+    make_sites,
+)
+from fedlora.privacy.units import Guarantee
+from fedlora.randomness import PublicSeed
+
+
+class Progress(Protocol):
+    """Whoever watches a run; every value shown to it is public."""
+
+    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
+
+    def round(self, report: RoundReport) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortTransport:
+    """All clients of a simulation in this process, fused in one engine call."""
+
+    workbench: Workbench
+    dataset: EncodedDataset
+    sites: Sequence[Site]
+
+    def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
+        asked = [site for site in self.sites if site.client in clients]
+        return [*Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked).run(instruction)]
+
+
+def simulate(config: RunConfig, progress: Progress) -> Path:
+    """Run `config` in this process; everything is checked before the run folder is made.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: anything the user can correct; nothing was written.
+        BudgetRefused: the asked ε cannot be met; nothing was written.
+    """
+    config = resolve(config)
+    workbench, dataset, sites = _prepare(config)
+    folder = RunFolder.create(config)
+    run_server(
+        config, folder, workbench, CohortTransport(workbench=workbench, dataset=dataset, sites=sites), sites, progress
+    )
+    return folder.path
+
+
+def resume(path: Path, progress: Progress) -> Path:
+    """Go on with an interrupted run of the cohort transport after its last whole round.
+
+    Raises:
+        RunFolderError: there is nothing at `path` to go on with.
+    """
+    folder = RunFolder.open(path)
+    config = folder.read_config()
+    workbench, dataset, sites = _prepare(config)
+    run_server(
+        config, folder, workbench, CohortTransport(workbench=workbench, dataset=dataset, sites=sites), sites, progress
+    )
+    return folder.path
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with every `auto` of the execution replaced by what this machine runs fastest."""
+    chosen = choose_execution(config).describe()
+    return config.with_overrides(
+        f'model.dtype="{chosen["dtype"]}"',
+        f'model.attention="{chosen["attention"]}"',
+        f'run.device="{chosen["device"]}"',
+        f"engine.token_budget={chosen['token_budget']}",
+    )
+
+
+def _prepare(config: RunConfig) -> tuple[Workbench, EncodedDataset, list[Site]]:
+    data = load_simulated_data(config)
+    workbench = build_workbench(config)
+    return workbench, encode_training_data(workbench, data), make_sites(config, data, workbench.schedule)
+
+
+def run_server(
+    config: RunConfig,
+    folder: RunFolder,
+    workbench: Workbench,
+    transport: Transport,
+    sites: Sequence[Site],
+    progress: Progress,
+) -> None:
+    """Do the rounds that `folder` does not have yet and write what a run leaves behind.
+
+    Args:
+        sites: those of this process, whose optimiser state goes into the checkpoint; empty where sites live elsewhere.
+    """
+    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
+    state = initial_state(workbench, uuid.uuid4().hex)
+    if folder.checkpoint_file.exists():
+        state = load_checkpoint(folder.checkpoint_file, sites)
+    folder.keep_rounds_before(state.next_round)
+    earlier = sum(entry["seconds"] for entry in folder.read_rounds())
+    evaluator = Evaluator(workbench)
+    progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
+
+    def on_round(report: RoundReport, state: ServerState) -> None:
+        folder.append_round(asdict(report))
+        save_checkpoint(folder.checkpoint_file, state, sites)
+        progress.round(report)
+
+    server = Server(workbench=workbench, transport=transport, evaluate=evaluator, on_round=on_round)
+    state = server.run(state)
+    _finish(config, folder, workbench, evaluator, state, started, earlier + time.perf_counter() - clock)
+
+
+def _finish(
+    config: RunConfig,
+    folder: RunFolder,
+    workbench: Workbench,
+    evaluator: Evaluator,
+    state: ServerState,
+    started: str,
+    wall_seconds: float,
+) -> None:
+    """Adapter, curve and, last, the record: a folder with a record is a whole one."""
+    export_adapter(
+        folder.adapter_folder,
+        model=config.model,
+        seed=PublicSeed.from_int(config.run.seed),
+        layout=workbench.layout,
+        theta=state.theta,
+        num_labels=workbench.classifier.num_labels,
+        labels=TASKS[config.data.task].label_names,
+        head=state.head,
+        max_length=config.data.max_length,
+    )
+    rounds = folder.read_rounds()
+    guarantee = worst_guarantee(config, state)
+    plot_curve(
+        folder.curve_file,
+        rounds,
+        metric=evaluator.headline,
+        title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
+        guarantee=str(guarantee),
+    )
+    metrics = rounds[-1]["metrics"]
+    folder.write_record(
+        make_record(
+            config,
+            started=started,
+            wall_seconds=wall_seconds,
+            metric={"name": evaluator.headline, "value": rounds[-1]["metric"], "split": next(iter(evaluator.splits))},
+            metrics=metrics,
+            bytes_up=state.bytes_up,
+            bytes_down=state.bytes_down,
+            clients=[state.facts[client] for client in sorted(state.facts)],
+            execution=workbench.execution.describe(),
+        )
+    )
+    folder.checkpoint_file.unlink(missing_ok=True)
+
+
+def worst_guarantee(config: RunConfig, state: ServerState) -> Guarantee:
+    """The guarantee of the site that spent most."""
+    return Guarantee(
+        epsilon=max(facts["epsilon"] for facts in state.facts.values()),
+        delta=config.privacy.delta,
+        accountant=config.privacy.accountant,
+        noise_seeded=config.privacy.seeded_noise,
+    )
