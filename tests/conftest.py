@@ -8,8 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset
+from fedlora.privacy.clipping import Clipping
+from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.plan import FINETUNE, PhasePlan
+from fedlora.privacy.sampling import PoissonSampler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = ["a", "the", "film", "plot", "cast", "was", "is", "it", "good", "bad", "fine", "dull", "long", "very", "but"]
@@ -28,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 TinyModel = Callable[..., Path]
+MakeBench = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +50,115 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
             made[key] = tmp_path_factory.mktemp(family)
             _write_tiny_model(made[key], family, overrides)
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor fill the memory of calibrations and measurements in the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model: TinyModel) -> Callable[..., RunConfig]:
+    """`tiny_config("section.key=value", …, family="bert")` is a seeded run of three clients on a tiny random model."""
+
+    def make(*overrides: str, family: str = "bert", **model: Any) -> RunConfig:
+        tables: dict[str, dict[str, Any]] = {
+            "model": {
+                "name": str(tiny_model(family, **model)),
+                "dtype": "float32",
+                "attention": "eager",
+                "head": "frozen",
+            },
+            "adapter": {"rank": 4, "alpha": 8.0},
+            "data": {"generated_records": 240, "max_length": 16},
+            "federation": {"clients": 3, "rounds": 3, "local_steps": 2},
+            "training": {"expected_batch_size": 16, "learning_rate": 0.5},
+            "privacy": {"delta": 1e-3, "seeded_noise": True},
+            "run": {"device": "cpu"},
+        }
+        return RunConfig.from_mapping(tables, overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bench(tiny_config: Callable[..., RunConfig]) -> MakeBench:
+    """`make_bench(…)` is the workbench of `tiny_config(…)`: a new one each time, since attaching changes the model."""
+    from fedlora.federation.workbench import build_workbench
+
+    return lambda *overrides, **how: build_workbench(tiny_config(*overrides, **how))
+
+
+@pytest.fixture(scope="session")
+def random_records() -> Callable[..., EncodedDataset]:
+    """`random_records(lengths, classes=2)` has random words of the tiny tokenizer and labels; 0 classes: scores."""
+
+    def make(lengths: list[int], *, classes: int = 2, seed: int = 0) -> EncodedDataset:
+        draw = np.random.default_rng(seed)
+        counts = np.array(lengths, dtype=np.int64)
+        labels = draw.integers(0, classes, len(counts)) if classes else draw.normal(size=len(counts)).astype(np.float32)
+        return EncodedDataset(
+            ids=draw.integers(4, 4 + len(WORDS), counts.sum()).astype(np.int32),
+            starts=np.cumsum(counts) - counts,
+            lengths=counts,
+            labels=labels,
+            pad_token_id=0,
+            token_type_ids=draw.integers(0, 2, counts.sum()).astype(np.int32),
+        )
+
+    return make
+
+
+class TableBackend:
+    """A back end whose gradient of record i is row i of a table [n, P], and which writes down what it was asked."""
+
+    fuses_clients = True
+
+    def __init__(self, table: torch.Tensor, widths: tuple[int, ...] | None = None) -> None:
+        self.table, self.widths = table, widths or (table.shape[1],)
+        self.dataset = EncodedDataset(
+            ids=np.arange(len(table), dtype=np.int32),
+            starts=np.arange(len(table)),
+            lengths=np.ones(len(table), np.int64),
+            labels=np.zeros(len(table), np.int64),
+            pad_token_id=0,
+        )
+        self.asked: list[tuple[list[int], list[int]]] = []  # (records, owners) of every micro-batch
+
+    def gradients(self, theta: torch.Tensor, batch: Any, labels: Any, owner: torch.Tensor) -> list[torch.Tensor]:
+        records = batch["input_ids"][:, 0]
+        self.asked.append((records.tolist(), owner.tolist()))
+        return [part.clone() for part in self.table[records].split(self.widths, dim=1)]
+
+    def logits(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="session")
+def table_backend() -> type[TableBackend]:
+    """`table_backend(table)` with its `.dataset` runs `train` on known gradients."""
+    return TableBackend
+
+
+@pytest.fixture(scope="session")
+def make_phase() -> Callable[..., PhasePlan]:
+    """`make_phase(q, σ, clip_norm)` is a fine-tuning phase outside any plan, for tests of the engine alone."""
+
+    def make(
+        probability: float, noise_multiplier: float, clip_norm: float = 1.0, kind: Any = "flat", num_steps: int = 1
+    ) -> PhasePlan:
+        return PhasePlan(
+            name=FINETUNE,
+            sampler=PoissonSampler(probability),
+            clipping=Clipping(kind, clip_norm),
+            mechanism=GaussianMechanism(noise_multiplier),
+            num_steps=num_steps,
+        )
 
     return make
 

@@ -65,7 +65,7 @@ def train(
     optimizer = _make_optimizer(training, learning_rate, parameters)
     for parameter, job in zip(parameters, jobs, strict=True):
         if job.optimizer_state is not None:
-            optimizer.state[parameter] = dict(job.optimizer_state)
+            optimizer.state[parameter] = _copied(job.optimizer_state, rows.device)
     for _ in range(num_steps):
         gradients = _private_mean_gradients(backend, dataset, jobs, rows, training, token_budget)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -109,6 +109,14 @@ def _groups(lengths: np.ndarray, owner: np.ndarray, token_budget: int, *, fused:
         positions = np.flatnonzero(owner == client)
         for group in microbatches(lengths[positions], token_budget):
             yield positions[group]
+
+
+def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:
+    """Optimisers change their state in place, and one read from a checkpoint lies on the CPU, where `step` belongs."""
+    return {
+        key: value.to("cpu" if key == "step" else device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def _make_optimizer(training: TrainingConfig, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
