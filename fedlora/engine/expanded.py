@@ -8,13 +8,15 @@ costs (2 N T d r operations either way).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.backend import Batch, record_losses
+from fedlora.engine.per_record_attention import PerRecordAttention
 from fedlora.errors import ModelError
 from fedlora.models import Classifier
 
@@ -71,9 +73,8 @@ class ExpandedBackend:
             factors: frozen A [r, d_in] float32 by module path.
 
         Raises:
-            ModelError: a module also sees inputs shared by all records, for which no per-record gradient exists.
+            ModelError: a module also sees inputs shared by all records and cannot be run record by record.
         """
-        refuse_shared_inputs(classifier, factors)
         self.classifier, self.layout = classifier, layout
         adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
         for path, module in classifier.target_modules(list(factors)).items():
@@ -84,6 +85,7 @@ class ExpandedBackend:
                 adapted[f"head:{path}"] = ExpandedLinear(module)
         for path, replacement in adapted.items():
             classifier.replace_module(path, replacement)
+        _separate_shared_inputs(classifier, adapted)
         self._places = [(adapted[path], suffix) for path, _, suffix in (s.name.rpartition("/") for s in layout.slots)]
 
     def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
@@ -106,7 +108,18 @@ class ExpandedBackend:
                 module.expanded.clear()  # a stale leaf must never serve another batch
 
 
-def refuse_shared_inputs(classifier: Classifier, modules: Mapping[str, Tensor]) -> None:
+def _separate_shared_inputs(classifier: Classifier, adapted: Mapping[str, Any]) -> None:
+    """Where an adapted linear also sees what all records share, run its attention record by record."""
+    shared = classifier.shared_input_modules() & set(adapted)
+    if classifier.family != "deberta-v2":
+        refuse_shared_inputs(classifier, shared)
+    for attention in {path.rpartition(".")[0] for path in shared}:
+        inside = [module for path, module in adapted.items() if path.startswith(f"{attention}.")]
+        base = classifier.backbone.get_submodule(attention)
+        classifier.replace_module(attention, PerRecordAttention(base, inside))
+
+
+def refuse_shared_inputs(classifier: Classifier, modules: Iterable[str]) -> None:
     """Refuse modules that see one input for the whole batch: their gradient does not split into records."""
     shared = sorted(classifier.shared_input_modules() & set(modules))
     if shared:

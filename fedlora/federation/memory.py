@@ -1,0 +1,28 @@
+"""What a site remembers of a run between two messages, as bytes, for transports that may use a new process for each.
+
+Nothing of it leaves the site. It holds no record and no secret: sampling and noise may come from a new secret root in
+every process, because no stream is ever used twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load, save
+
+from fedlora.federation.site import Site
+
+_ROUND, _OPTIMIZER = "next_round", "optimizer/"
+
+
+def remember(site: Site) -> bytes:
+    """Which rounds are over, and the optimiser's state where the config keeps it."""
+    kept = {key: torch.as_tensor(value) for key, value in (site.optimizer_state or {}).items() if value is not None}
+    tensors = {_OPTIMIZER + key: value.cpu().contiguous() for key, value in kept.items()}
+    return save(tensors | {_ROUND: torch.tensor(site.next_round)})
+
+
+def recall(site: Site, memory: bytes) -> None:
+    """Put back what `remember` gave, wherever the site was rebuilt; a round that is over stays over."""
+    tensors = load(memory)
+    site.next_round = max(site.next_round, int(tensors.pop(_ROUND)))
+    site.optimizer_state = {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()} or None

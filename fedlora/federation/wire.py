@@ -1,0 +1,177 @@
+"""Instructions and updates as bytes, for every transport that crosses a process border.
+
+A message is one safetensors blob: its vectors as float32 tensors, everything else as JSON in the metadata. Such a blob
+can hold no code, and what arrives is believed only after names, dtypes, shapes, sizes and facts were checked against an
+allow-list. The sender makes the same checks, so that nothing leaves a site by oversight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedlora.errors import ProtocolError
+from fedlora.federation.messages import ClientUpdate, Facts, RoundInstruction
+
+FORMAT = "fedlora-wire-1"
+MAX_HEADER_BYTES = 64 * 1024
+MAX_TEXT = 128
+MAX_PHASES = 16
+
+# The allow-list. Of a tensor it holds the number of dimensions.
+_ENVELOPE = {"run_id": str, "round_index": int, "phase": str, "layout_digest": str}
+_VECTORS = {
+    "instruction": {"theta": 1},
+    "instruction+head": {"theta": 1, "weight": 2, "bias": 1},
+    "update": {"vector": 1},
+}
+_PHASE_FACTS = {
+    "name": str,
+    "mechanism": str,
+    "sampling_probability": float,
+    "effective_noise_multiplier": float,
+    "sensitivity": float,
+    "num_steps": int,
+}
+_FACTS = {
+    "client": int,
+    "num_examples": int,
+    "unit": str,
+    "relation": str,
+    "delta": float,
+    "epsilon": float,
+    "accountant": str,
+    "sampling_probability": float,
+    "noise_multiplier": float,
+    "effective_noise_multiplier": float,
+    "num_steps": int,
+    "mechanism": str,
+    "clip_norm": float,
+    "clipping": str,
+    "phases": list,
+}
+
+
+def encode_instruction(instruction: RoundInstruction) -> bytes:
+    fields = {key: getattr(instruction, key) for key in _ENVELOPE}
+    if instruction.head is None:
+        return _encode("instruction", {"theta": instruction.theta}, fields)
+    weight, bias = instruction.head
+    return _encode("instruction+head", {"theta": instruction.theta, "weight": weight, "bias": bias}, fields)
+
+
+def decode_instruction(data: bytes) -> RoundInstruction:
+    """What `encode_instruction` made.
+
+    Raises:
+        ProtocolError: `data` is anything else.
+    """
+    kind, tensors, fields = _decode(data, ("instruction", "instruction+head"))
+    _check(fields, _ENVELOPE)
+    head = None
+    if kind == "instruction+head":
+        head = (tensors["weight"], tensors["bias"])
+        if len(head[0]) != len(head[1]):
+            _refuse(f"a head with {len(head[0])} rows and {len(head[1])} biases")
+    return RoundInstruction(theta=tensors["theta"], head=head, **fields)
+
+
+def encode_update(update: ClientUpdate) -> bytes:
+    """The update as bytes.
+
+    Raises:
+        ProtocolError: it holds a fact that is not on the list of those that may leave a site.
+    """
+    fields = {key: getattr(update, key) for key in _ENVELOPE}
+    _check_facts(update.facts)
+    # JSON has no infinity, and ε = ∞ must not arrive as null.
+    spelled = {"epsilon": "inf"} if math.isinf(update.facts["epsilon"]) else {}
+    facts = {**update.facts, **spelled}
+    return _encode("update", {"vector": update.vector}, fields | {"client": update.client, "facts": facts})
+
+
+def decode_update(data: bytes) -> ClientUpdate:
+    """What `encode_update` made.
+
+    Raises:
+        ProtocolError: `data` is anything else.
+    """
+    _, tensors, fields = _decode(data, ("update",))
+    facts = fields.pop("facts", None)
+    if not isinstance(facts, dict):
+        _refuse("an update without facts")
+    facts["epsilon"] = math.inf if facts.get("epsilon") == "inf" else facts.get("epsilon")
+    _check_facts(facts)
+    _check(fields, _ENVELOPE | {"client": int})
+    if facts["client"] != fields["client"]:
+        _refuse(f"facts of client {facts['client']} in an update of client {fields['client']}")
+    return ClientUpdate(vector=tensors["vector"], facts=facts, **fields)
+
+
+def _encode(kind: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> bytes:
+    vectors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    _check_vectors(kind, vectors)
+    return save(vectors, metadata={"format": FORMAT, "kind": kind, "fields": json.dumps(fields, allow_nan=False)})
+
+
+def _decode(data: bytes, kinds: tuple[str, ...]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Kind, vectors and fields of a blob of one of `kinds`; the caller checks the fields."""
+    length = int.from_bytes(data[:8], "little") if isinstance(data, bytes) else -1
+    if not 0 < length <= MAX_HEADER_BYTES:
+        _refuse(f"a header of {length} bytes, wanted at most {MAX_HEADER_BYTES}")
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        kind, fields = metadata.get("kind"), json.loads(metadata.get("fields", "null"), parse_constant=_refuse)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise ProtocolError("a message that is no safetensors blob with JSON fields; it is not used") from error
+    if metadata.get("format") != FORMAT or kind not in kinds or not isinstance(fields, dict):
+        _refuse(f"another format or kind, wanted {FORMAT} {' or '.join(kinds)}; do both sides run the same fedlora?")
+    _check_vectors(kind, tensors)
+    return kind, tensors, fields
+
+
+def _check_vectors(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    wanted = _VECTORS[kind]
+    if tensors.keys() != wanted.keys():
+        _refuse(f"{len(tensors)} tensors, wanted {', '.join(wanted)}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.dim() != wanted[name] or not torch.isfinite(tensor).all():
+            _refuse(f"a {name} that is not {wanted[name]}-dimensional, float32 and finite")
+
+
+def _check_facts(facts: Facts) -> None:
+    _check(facts, _FACTS)
+    if len(facts["phases"]) > MAX_PHASES:
+        _refuse(f"{len(facts['phases'])} phases, wanted at most {MAX_PHASES}")
+    for phase in facts["phases"]:
+        _check(phase, _PHASE_FACTS)
+
+
+def _check(fields: Any, wanted: Mapping[str, type]) -> None:
+    """Exactly the keys of `wanted`, each of its type: short text, whole numbers >= 0, numbers >= 0 that are not NaN."""
+    if not isinstance(fields, dict) or fields.keys() != wanted.keys():
+        _refuse(f"other fields than {', '.join(wanted)}")
+    for key, kind in wanted.items():
+        value = fields[key]
+        whole = type(value) is int and 0 <= value < 2**63
+        number = type(value) is float and value >= 0 and (math.isfinite(value) or key == "epsilon")
+        usable = {
+            int: whole,
+            float: whole or number,
+            str: type(value) is str and len(value) <= MAX_TEXT,
+            list: type(value) is list,
+        }
+        if not usable[kind]:
+            _refuse(f"a value of {key} that is no {kind.__name__} in its range")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ProtocolError(f"a message has {what}; it is not used")
