@@ -18,7 +18,7 @@ def remember(site: Site) -> bytes:
     """Which rounds are over, and the optimiser's state where the config keeps it."""
     kept = {key: torch.as_tensor(value) for key, value in (site.optimizer_state or {}).items() if value is not None}
     tensors = {_OPTIMIZER + key: value.cpu().contiguous() for key, value in kept.items()}
-    return save(tensors | {_ROUND: torch.tensor(site.next_round)})
+    return bytes(save(tensors | {_ROUND: torch.tensor(site.next_round)}))
 
 
 def recall(site: Site, memory: bytes) -> None:

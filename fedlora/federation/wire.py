@@ -118,7 +118,8 @@ def decode_update(data: bytes) -> ClientUpdate:
 def _encode(kind: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> bytes:
     vectors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     _check_vectors(kind, vectors)
-    return save(vectors, metadata={"format": FORMAT, "kind": kind, "fields": json.dumps(fields, allow_nan=False)})
+    metadata = {"format": FORMAT, "kind": kind, "fields": json.dumps(fields, allow_nan=False)}
+    return bytes(save(vectors, metadata=metadata))
 
 
 def _decode(data: bytes, kinds: tuple[str, ...]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,137 @@
+"""Flower ClientApp: a courier between Flower and one site's round. It carries bytes in and bytes out.
+
+Whatever goes wrong, the server learns one of a few fixed codes: an exception's text may quote a record, and Flower
+would send it on verbatim. The site's own log has the place in the code, and the text of no errors but fedlora's own,
+which never quote records. Flower may hand every message to another process: what must last lies in `context.state`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, FedloraError, ProtocolError
+from fedlora.experiments.record import code_digest
+
+if TYPE_CHECKING:
+    from fedlora.data.encode import EncodedDataset
+    from fedlora.federation.cohort import Cohort
+    from fedlora.federation.workbench import SimulatedData, Workbench
+
+Handler = Callable[[Message, Context], RecordDict]
+
+app = ClientApp()
+log = logging.getLogger("fedlora.client")
+
+
+def fixed_code_on_failure(handler: Handler) -> Callable[[Message, Context], Message]:
+    """`handler` as Flower calls it, with every exception turned into one of `FAILURE_CODES`."""
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            content = handler(message, context)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in a Rust extension is no Exception, and may quote its input too
+            _log_here(error)
+            content = RecordDict({"failure": ConfigRecord({"code": _code(error)})})
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+@app.query()
+@fixed_code_on_failure
+def enrol(_: Message, context: Context) -> RecordDict:
+    """Which client this node is, and which code it runs: node ids say neither."""
+    client = _client(context, RunConfig.from_flower(context.run_config))
+    return RecordDict({"enrolment": ConfigRecord({"client": client, "code_digest": code_digest()})})
+
+
+@app.train()
+@fixed_code_on_failure
+def train(message: Message, context: Context) -> RecordDict:
+    """One round of this node's site."""
+    from fedlora.federation import memory, wire  # torch: not for enrolment
+
+    config = RunConfig.from_flower(context.run_config)
+    instruction = wire.decode_instruction(_unpack(message))
+    cohort = _cohort(config, context.run_id, _client(context, config))
+    (site,) = cohort.sites
+    if "site" in context.state:
+        memory.recall(site, bytes(context.state["site"]["memory"].data))  # type: ignore[union-attr]
+    try:
+        (update,) = cohort.run(instruction)
+    finally:
+        context.state["site"] = _pack(
+            "memory", memory.remember(site)
+        )  # an admitted round is spent, whatever came of it
+    return RecordDict({"update": _pack("bytes", wire.encode_update(update))})
+
+
+@functools.lru_cache(maxsize=1024)
+def _cohort(config: RunConfig, run_id: int, client: int) -> Cohort:
+    """A cohort of one, kept as long as this process lives: the key names the run, since a site belongs to one."""
+    from fedlora.federation.cohort import Cohort
+    from fedlora.federation.workbench import make_site
+
+    workbench, data, encoded = _shared(config)
+    site = make_site(config, data, workbench.schedule, client)
+    return Cohort(workbench=workbench, dataset=encoded, sites=[site])
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(config: RunConfig) -> tuple[Workbench, SimulatedData, EncodedDataset]:
+    """Base model and encoded records: what is dear to build and the same for every site in this process."""
+    from fedlora.federation.workbench import build_workbench, encode_training_data, load_simulated_data
+
+    workbench, data = build_workbench(config), load_simulated_data(config)
+    return workbench, data, encode_training_data(workbench, data)
+
+
+def _client(context: Context, config: RunConfig) -> int:
+    """This node's client index.
+
+    Raises:
+        ConfigError: the node was started without a usable partition-id.
+    """
+    client, clients = context.node_config.get("partition-id"), config.federation.clients
+    if not isinstance(client, int) or not 0 <= client < clients:
+        raise ConfigError(
+            f"this node's partition-id is {client}, wanted 0 to {clients - 1} (federation.clients = {clients}); "
+            'start it with --node-config "partition-id=…", or change federation.clients'
+        )
+    return client
+
+
+def _unpack(message: Message) -> bytes:
+    try:
+        return bytes(message.content["instruction"]["bytes"].data)  # type: ignore[union-attr]
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ProtocolError("a message without an instruction; do server and client run the same fedlora?") from error
+
+
+def _pack(name: str, data: bytes) -> ArrayRecord:
+    """Bytes as Flower sends them in chunks; not an array for anyone to load."""
+    return ArrayRecord({name: Array("uint8", (len(data),), "bytes", data)})
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, ProtocolError):
+        return "protocol"
+    exit_code = error.exit_code if isinstance(error, FedloraError) else 1
+    return {2: "bad_input", 3: "refused"}.get(exit_code, "internal")
+
+
+def _log_here(error: BaseException) -> None:
+    said = f": {error}" if isinstance(error, FedloraError) else ""
+    where = traceback.format_list(traceback.extract_tb(error.__traceback__))
+    log.error("%s%s\n%s", type(error).__name__, said, "".join(where))
