@@ -18,6 +18,7 @@ from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import microbatches
+from fedlora.errors import PrivacyError
 from fedlora.privacy.plan import PhasePlan
 
 OptimizerState = dict[str, Any]
@@ -59,7 +60,12 @@ def train(
 
     Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients, adds noise once
     per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
+
+    Raises:
+        PrivacyError: the jobs clip differently. One call clips all records alike; each job's noise fits its own plan.
     """
+    if len({job.phase.clipping for job in jobs}) > 1:
+        raise PrivacyError("jobs of one call clip differently; train them in separate calls")
     rows = theta.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
     optimizer = _make_optimizer(training, learning_rate, parameters)

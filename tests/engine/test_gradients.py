@@ -171,18 +171,35 @@ def test_minilm(make_bench: Any, minilm: str) -> None:
     check_against_loop(bench, dataset)
 
 
-def test_deberta_v2_with_shared_keys_is_refused_for_query_but_not_for_value(
-    make_bench: Any, random_records: Any
+@pytest.mark.parametrize(
+    ("types", "shared"),
+    [("query,value", True), ("key", True), ("query,key,value,up", True), ("query,key", False), ("pos_key_proj", False)],
+)
+def test_deberta_v2_whose_projections_also_see_the_shared_positions(
+    make_bench: Any, random_records: Any, types: str, shared: bool
 ) -> None:
+    bench = make_bench(
+        f'adapter.target_modules="{types}"', "model.head=trained", family="deberta-v2", share_att_key=shared
+    )
+    dataset = random_records(RAGGED)
+    for _ in range(2):  # leaves of one batch must not serve the next
+        check_against_loop(bench, dataset)
+
+
+def test_opacus_refuses_projections_that_see_shared_positions(make_bench: Any) -> None:
+    """Its hooks would give gradients of the positions' batch of one; better none than wrong ones."""
     with pytest.raises(ModelError, match=r"query.*shared by all records"):
-        make_bench('adapter.target_modules="query,value"', family="deberta-v2")
+        make_bench("engine.backend=opacus", 'adapter.target_modules="query,value"', family="deberta-v2")
+
+
+@pytest.mark.parametrize("backend", ["expanded", "opacus"])
+def test_deberta_refuses_its_shared_position_projection(make_bench: Any, backend: str) -> None:
     with pytest.raises(ModelError, match="shared by all records"):
-        make_bench("engine.backend=opacus", 'adapter.target_modules="query"', family="deberta-v2")
-    check_against_loop(make_bench(VALUE, family="deberta-v2"), random_records(RAGGED))
+        make_bench('adapter.target_modules="pos_proj"', f"engine.backend={backend}", family="deberta")
 
 
-def test_deberta_v2_with_keys_of_its_own_takes_query(make_bench: Any, random_records: Any) -> None:
-    check_against_loop(make_bench(family="deberta-v2", share_att_key=False), random_records(RAGGED))
+def test_deberta_takes_its_fused_projection(make_bench: Any, random_records: Any) -> None:
+    check_against_loop(make_bench('adapter.target_modules="in_proj"', family="deberta"), random_records(RAGGED))
 
 
 def test_padding_width_changes_nothing(make_bench: Any, random_records: Any) -> None:

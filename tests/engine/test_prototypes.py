@@ -1,0 +1,112 @@
+"""The prototype release: what a record can move it by, and the head that is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.engine.prototypes import class_sums, prototype_head, prototype_layout
+from fedlora.federation.workbench import Workbench
+
+LENGTHS = [5, 12, 3, 9, 12, 4, 7, 6]
+
+
+@pytest.fixture(scope="module")
+def bench(make_bench: Any) -> Workbench:
+    return make_bench("model.head=prototype")
+
+
+def test_sums_and_counts_are_those_of_normalised_embeddings(bench: Workbench, random_records: Any) -> None:
+    dataset, layout = random_records(LENGTHS, classes=2), prototype_layout(2, 16)
+    sums, counts = (
+        layout.view(class_sums(bench.classifier, dataset, np.arange(8), layout, 20), s) for s in layout.slots
+    )
+    for label in (0, 1):
+        own = np.flatnonzero(dataset.labels == label)
+        assert counts[label] == len(own) > 0
+        embeddings = torch.cat([bench.classifier.embed(dataset.batch(np.array([i]))[0]) for i in own])
+        assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(own)), atol=1e-5)
+        assert torch.allclose(sums[label], embeddings.sum(dim=0), atol=1e-5)
+
+
+def test_adding_or_removing_a_record_moves_the_release_by_at_most_root_two(
+    bench: Workbench, random_records: Any
+) -> None:
+    dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
+    whole = class_sums(bench.classifier, dataset, np.arange(8), layout, 1000).double()
+    for left_out in range(8):
+        rest = np.delete(np.arange(8), left_out)
+        moved = (whole - class_sums(bench.classifier, dataset, rest, layout, 1000).double()).norm()
+        assert moved == pytest.approx(math.sqrt(2), abs=1e-5)  # float sums of eight; each term is below
+
+
+def test_a_single_record_never_weighs_more_than_root_two(bench: Workbench, random_records: Any) -> None:
+    layout = prototype_layout(2, 16)
+    for seed in range(20):
+        dataset = random_records([4 + seed % 9], seed=seed)
+        total = class_sums(bench.classifier, dataset, np.arange(1), layout, 1000).double()
+        assert total.norm() <= math.sqrt(2) * (1 + 1e-6)
+
+
+def test_an_embedding_that_is_too_long_or_no_number_is_kept_in_bounds(
+    bench: Workbench, random_records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, layout = random_records([4] * 4), prototype_layout(2, 16)
+    broken = torch.eye(4, 16)
+    broken[0] *= 1e6
+    broken[1] = torch.nan
+    broken[2, 3] = torch.inf
+    monkeypatch.setattr(type(bench.classifier), "embed", lambda self, batch: broken)
+    total = class_sums(bench.classifier, dataset, np.arange(4), layout, 1000)
+    sums, counts = (layout.view(total, slot) for slot in layout.slots)
+    assert torch.isfinite(total).all()
+    assert counts.sum() == 2
+    assert sums.sum() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("token_budget", [1, 20, 10_000])
+def test_micro_batches_change_nothing(bench: Workbench, random_records: Any, token_budget: int) -> None:
+    dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
+    wanted = class_sums(bench.classifier, dataset, np.arange(8), layout, 50)
+    got = class_sums(bench.classifier, dataset, np.arange(8)[::-1].copy(), layout, token_budget)
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_only_the_sites_own_records_are_read(bench: Workbench, random_records: Any) -> None:
+    dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
+    own = np.array([1, 4, 6])
+    before = class_sums(bench.classifier, dataset, own, layout, 50)
+    other = dataclasses.replace(dataset, labels=1 - dataset.labels)
+    other.labels[own] = dataset.labels[own]
+    assert torch.equal(class_sums(bench.classifier, other, own, layout, 50), before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 4), st.floats(0.5, 50.0))
+def test_the_head_is_the_gaussian_classifier_of_the_class_means(seed: int, classes: int, temperature: float) -> None:
+    layout, draw = prototype_layout(classes, 6), torch.Generator().manual_seed(seed)
+    sums = torch.randn(classes, 6, generator=draw) * 10
+    counts = torch.rand(classes, generator=draw) * 100 + 1
+    weight, bias = prototype_head(torch.cat([sums.flatten(), counts]), layout, temperature)
+    means = (sums / counts.unsqueeze(1)).double()
+    spread = (means - means.mean(dim=0)).norm(dim=1).mean()
+    points = torch.randn(5, 6, generator=draw).double()
+    distances = (points.unsqueeze(1) - means).square().sum(dim=2)
+    wanted = counts.double().log() - temperature / (2 * spread) * distances
+    got = points @ weight.T.double() + bias.double()
+    assert torch.allclose(got.log_softmax(1), wanted.log_softmax(1), atol=1e-3, rtol=1e-3)
+
+
+def test_a_head_of_hopeless_noise_is_still_finite() -> None:
+    layout = prototype_layout(3, 5)
+    for released in (torch.zeros(layout.size), -1e3 * torch.ones(layout.size)):
+        weight, bias = prototype_head(released, layout, 20.0)
+        assert torch.isfinite(weight).all()
+        assert torch.isfinite(bias).all()
