@@ -58,11 +58,18 @@ def simulate(
 
 
 def _resume(folder: Path) -> None:
-    from fedlora.experiments.progress import TerminalProgress
-    from fedlora.experiments.simulate import resume
+    from fedlora.experiments.run_folder import RunFolder
 
-    with TerminalProgress() as progress:
-        resume(folder, progress)
+    if RunFolder.open(folder).read_config().run.transport == "flower":
+        from fedlora.experiments.flower_process import run_under_flower
+
+        run_under_flower(folder)
+    else:
+        from fedlora.experiments.progress import TerminalProgress
+        from fedlora.experiments.simulate import resume
+
+        with TerminalProgress() as progress:
+            resume(folder, progress)
     _print_result(folder)
 
 
@@ -173,7 +180,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; fedlora simulate --resume RUN_DIR goes on after the last whole round", 130)
+        _fail("interrupted before the first round; nothing was written", 130)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     sys.exit(code if isinstance(code, int) else 0)

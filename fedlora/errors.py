@@ -9,7 +9,8 @@
     ├── PrivacyError             3   budget or policy refused; nothing was trained or released
     │   └── BudgetRefused
     ├── AdapterError             1   layouts that do not match
-    └── ProtocolError            1   a message that does not fit the round
+    ├── ProtocolError            1   a message that does not fit the round
+    └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
 
 A message never contains text, labels, gradients or norms of private records.
 """
@@ -55,6 +56,12 @@ class BudgetRefused(PrivacyError):
 
 class AdapterError(FedloraError):
     """Two sides disagree about slots, shapes or digest."""
+
+
+class RunInterrupted(FedloraError):
+    """A person stopped the run; every whole round is on disk."""
+
+    exit_code = 130
 
 
 class ProtocolError(FedloraError):

@@ -32,23 +32,32 @@ class RunFolder:
         Raises:
             RunFolderError: the folder exists and is not empty, or cannot be made. Nothing is overwritten.
         """
+        cls.check_free(config)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(config.run.out or f"runs/{config.data.task}-{config.adapter.method}-{stamp}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
+            folder = cls(path)
+            folder.config_file.write_text(config.to_toml(), encoding="utf-8")
         except OSError as error:
             raise RunFolderError(
                 f"cannot make run folder {path}: {error.strerror}; choose another with --out"
             ) from error
-        if occupied:
+        return folder
+
+    @staticmethod
+    def check_free(config: RunConfig) -> None:
+        """Refuse a folder with anything in it, before any work is done.
+
+        Raises:
+            RunFolderError: `run.out` is not empty, or not a folder.
+        """
+        path = Path(config.run.out)
+        if config.run.out and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(
                 f"run folder {path} is not empty and is left as it is; choose another with --out, "
                 f"or go on with --resume {path}"
             )
-        folder = cls(path)
-        folder.config_file.write_text(config.to_toml(), encoding="utf-8")
-        return folder
 
     @classmethod
     def open(cls, path: Path) -> Self:

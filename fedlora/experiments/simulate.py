@@ -14,6 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.data.glue import TASKS
 from fedlora.engine.execution import choose_execution
+from fedlora.errors import RunInterrupted
 from fedlora.experiments.plots import plot_curve
 from fedlora.experiments.record import make_record
 from fedlora.experiments.run_folder import RunFolder
@@ -66,6 +67,7 @@ def simulate(config: RunConfig, progress: Progress) -> Path:
         BudgetRefused: the asked ε cannot be met; nothing was written.
     """
     config = resolve(config)
+    RunFolder.check_free(config)
     workbench, dataset, sites = _prepare(config)
     folder = RunFolder.create(config)
     run_server(
@@ -134,7 +136,13 @@ def run_server(
         progress.round(report)
 
     server = Server(workbench=workbench, transport=transport, evaluate=evaluator, on_round=on_round)
-    state = server.run(state)
+    try:
+        state = server.run(state)
+    except KeyboardInterrupt:
+        raise RunInterrupted(
+            f"interrupted after {state.next_round} of {len(workbench.schedule)} rounds; "
+            f"fedlora simulate --resume {folder.path} goes on"
+        ) from None
     _finish(config, folder, workbench, evaluator, state, started, earlier + time.perf_counter() - clock)
 
 

@@ -1,0 +1,82 @@
+"""`--transport flower`: the same run in a process of its own, where Flower's engine drives the real apps.
+
+fedlora never imports Flower. The apps live in the checkout, so this works from one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fedlora
+from fedlora.config import RunConfig
+from fedlora.errors import FedloraError, InputError
+from fedlora.experiments.run_folder import RunFolder
+from fedlora.experiments.simulate import resolve
+from fedlora.federation.schedule import make_schedule
+from fedlora.federation.workbench import load_simulated_data, make_sites
+
+CHECKOUT = Path(fedlora.__file__).parent.parent
+
+
+class FlowerRunFailed(FedloraError):
+    """The run failed under Flower and said why on standard error; carries its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def simulate_under_flower(config: RunConfig) -> Path:
+    """Run `config` under Flower's simulation engine; everything is checked before the run folder is made.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: anything the user can correct, or this is no checkout; nothing was written.
+        FlowerRunFailed: the run failed.
+    """
+    _require_checkout()
+    RunFolder.check_free(config)
+    config = resolve(config)
+    make_sites(config, load_simulated_data(config), make_schedule(config))
+    return run_under_flower(RunFolder.create(config).path)
+
+
+def run_under_flower(folder: Path) -> Path:
+    """Do the rounds that `folder` lacks; see `simulate_under_flower`."""
+    _require_checkout()
+    RunFolder.open(folder)
+    command = [sys.executable, "-m", "simulations.flower", str(folder.absolute())]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    }
+    process = subprocess.Popen(command, cwd=folder, env=environment)  # an empty place: Flower imports from its folder
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # the terminal has told the child too; it ends its engine before it goes
+    if code:
+        raise FlowerRunFailed("the run under Flower did not finish; its last line above says why", code)
+    return folder
+
+
+def _require_checkout() -> None:
+    if not (CHECKOUT / "simulations" / "flower.py").is_file():
+        raise InputError(
+            f"--transport flower needs fedlora's checkout (clients/, server/ and simulations/ beside {CHECKOUT}); "
+            "clone it and run there, or leave the transport at cohort"
+        )
+    try:
+        import importlib.util
+
+        missing = importlib.util.find_spec("flwr") is None or importlib.util.find_spec("ray") is None
+    except ImportError:
+        missing = True
+    if missing:
+        raise InputError(
+            "--transport flower needs Flower with its engine; install the extra: pip install 'fedlora[flower]'"
+        )
