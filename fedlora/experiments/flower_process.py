@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import fedlora
@@ -51,9 +52,8 @@ def run_under_flower(folder: Path) -> Path:
     _require_checkout()
     RunFolder.open(folder)
     command = [sys.executable, "-m", "simulations.flower", str(folder.absolute())]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
-    }
+    search_path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": search_path}
     process = subprocess.Popen(command, cwd=folder, env=environment)  # an empty place: Flower imports from its folder
     try:
         code = process.wait()
@@ -70,13 +70,5 @@ def _require_checkout() -> None:
             f"--transport flower needs fedlora's checkout (clients/, server/ and simulations/ beside {CHECKOUT}); "
             "clone it and run there, or leave the transport at cohort"
         )
-    try:
-        import importlib.util
-
-        missing = importlib.util.find_spec("flwr") is None or importlib.util.find_spec("ray") is None
-    except ImportError:
-        missing = True
-    if missing:
-        raise InputError(
-            "--transport flower needs Flower with its engine; install the extra: pip install 'fedlora[flower]'"
-        )
+    if find_spec("flwr") is None or find_spec("ray") is None:
+        raise InputError("--transport flower needs Flower's engine; install the extra: pip install 'fedlora[flower]'")
