@@ -36,6 +36,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 
 import ray
 from flwr.app import Context, Message
@@ -129,7 +130,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="folder with config.toml")
     parser.add_argument("--cpus", type=int, default=len(os.sched_getaffinity(0)), help="CPUs for the clients")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
         with TerminalProgress() as progress:
             simulate(RunFolder.open(chosen.run_dir.absolute()), progress, chosen.cpus)
