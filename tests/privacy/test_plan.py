@@ -1,0 +1,190 @@
+"""One object holds sampling, clipping, noise and accounting: what is charged is what runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+from fedlora.config import RunConfig
+from fedlora.engine.training import TrainingJob, train
+from fedlora.errors import BudgetRefused, DataError
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Charge
+from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PrivacyPlan, make_plan
+from fedlora.randomness import SecretRoot
+
+N, ROUNDS = 2000, 5
+
+
+def config(*overrides: str) -> RunConfig:
+    return RunConfig().with_overrides(
+        "federation.rounds=5", "federation.local_steps=4", "training.expected_batch_size=50", *overrides
+    )
+
+
+def plan_of(*overrides: str, num_examples: int = N, num_rounds: int = ROUNDS) -> PrivacyPlan:
+    return make_plan(config(*overrides), num_examples=num_examples, num_rounds=num_rounds, client=3)
+
+
+# ------------------------------------------------------------------------------------------------- meeting the target
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0, 6.0])
+@pytest.mark.parametrize("head", ["prototype", "frozen"])
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_all_phases_together_meet_the_target_and_waste_little_of_it(target: float, head: str, accountant: str) -> None:
+    plan = plan_of(f"privacy.epsilon={target}", f"model.head={head}", f"privacy.accountant={accountant}")
+    together = accounting.epsilon([phase.charge() for phase in plan.phases], plan.delta, accountant)
+    assert plan.epsilon() == together
+    assert 0.98 * target <= together <= target
+    assert [phase.name for phase in plan.phases] == [PROTOTYPE, FINETUNE][head == "frozen" :]
+
+
+def test_the_prototype_release_is_paid_out_of_the_same_budget() -> None:
+    alone, shared = plan_of("model.head=frozen", "privacy.epsilon=1"), plan_of("privacy.epsilon=1")
+    assert shared[FINETUNE].mechanism.noise_multiplier > alone[FINETUNE].mechanism.noise_multiplier
+    assert shared[PROTOTYPE].charge() == Charge(1.0, 20.0, 1)
+    assert shared[PROTOTYPE].sensitivity == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert plan_of("privacy.prototype_noise_multiplier=7")[PROTOTYPE].charge() == Charge(1.0, 7.0, 1)
+
+
+def test_a_prototype_release_that_costs_more_than_everything_is_refused() -> None:
+    with pytest.raises(BudgetRefused):
+        plan_of("privacy.epsilon=0.1", "privacy.prototype_noise_multiplier=1")
+
+
+def test_without_privacy_epsilon_is_infinite_everywhere() -> None:
+    plan = plan_of("privacy.epsilon=inf")
+    assert plan.epsilon() == math.inf
+    assert all(phase.mechanism.noise_multiplier == 0 for phase in plan.phases)
+    assert accounting.epsilon_curve([[phase.charge()] for phase in plan.phases], plan.delta) == [math.inf] * 2
+    total = torch.ones(4)
+    released = plan[FINETUNE].mechanism.privatize(total, sensitivity=1.0, generator=torch.Generator())
+    assert torch.equal(released, total)
+
+
+def test_more_steps_or_less_epsilon_mean_more_noise() -> None:
+    noise = [plan_of(f"privacy.epsilon={e}")[FINETUNE].mechanism.noise_multiplier for e in (8, 4, 2, 1)]
+    assert noise == sorted(noise)
+    assert len(set(noise)) == 4
+    few, many = (plan_of(num_rounds=rounds)[FINETUNE].mechanism.noise_multiplier for rounds in (2, 10))
+    assert few < many
+
+
+def test_a_site_that_never_trains_is_charged_nothing_for_training() -> None:
+    plan = plan_of("model.head=frozen", num_rounds=0)
+    assert plan[FINETUNE].num_steps == 0
+    assert plan.epsilon() == 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_delta_that_is_not_below_one_over_n_is_refused() -> None:
+    for delta in (1 / N, 2 / N):
+        with pytest.raises(DataError, match=r"client 3 \(2000 records\).*Set privacy.delta below"):
+            plan_of(f"privacy.delta={delta!r}")
+    assert plan_of(f"privacy.delta={math.nextafter(1 / N, 0)!r}").epsilon() <= 6.0
+
+
+def test_a_batch_larger_than_the_sites_data_is_refused() -> None:
+    with pytest.raises(DataError, match=r"expected_batch_size = 50, but client 3 has 49 records; set it to at most 49"):
+        plan_of(num_examples=49)
+    assert plan_of("model.head=frozen", num_examples=50)[FINETUNE].sampler.sampling_probability == 1.0
+
+
+def test_a_delta_that_is_too_large_does_not_matter_without_privacy() -> None:
+    assert plan_of("privacy.epsilon=inf", "privacy.delta=0.1").epsilon() == math.inf
+
+
+# ------------------------------------------------------------------------------------- what is charged is what runs
+
+
+def test_the_charge_is_read_from_the_objects_that_run() -> None:
+    plan = plan_of()
+    for phase in plan.phases:
+        charge = phase.charge()
+        assert charge.sampling_probability == phase.sampler.sampling_probability
+        assert charge.noise_multiplier == phase.mechanism.effective_noise_multiplier
+        assert charge.num_steps == phase.num_steps
+        assert phase.sensitivity == phase.clipping.clip_norm
+    finetune = plan[FINETUNE]
+    assert finetune.sampler.sampling_probability == 50 / N
+    assert finetune.num_steps == ROUNDS * 4
+    assert finetune.charge(3).num_steps == 3
+    assert (finetune.clipping.kind, finetune.clipping.clip_norm) == ("flat", 1.0)
+    automatic = plan_of("privacy.clipping=automatic", "privacy.clip_norm=0.3")[FINETUNE]
+    assert (automatic.clipping.kind, automatic.sensitivity) == ("automatic", 0.3)
+
+
+def test_training_on_a_plan_samples_with_expected_batch_size_over_n(table_backend: Any) -> None:
+    """Exact two-sided binomial bound on all inclusions together, false alarms 1e-6; 0.9 q and 1.1 q are outside."""
+    plan, steps = plan_of("model.head=frozen"), 150
+    backend = table_backend(torch.zeros(N, 1))
+    job = TrainingJob(
+        records=np.arange(N),
+        phase=plan[FINETUNE],
+        sampling=SecretRoot.seeded(0).numpy("sampling"),
+        noise=SecretRoot.seeded(0).torch("noise"),
+    )
+    train(
+        backend,
+        backend.dataset,
+        [job],
+        torch.zeros(1),
+        num_steps=steps,
+        learning_rate=1.0,
+        training=config().training,
+        token_budget=100_000,
+    )
+    asked = sum(len(records) for records, _ in backend.asked)
+    q, trials = plan[FINETUNE].charge().sampling_probability, N * steps
+    for scale, fits in ((1.0, True), (0.9, False), (1.1, False)):
+        low, high = binom.ppf(5e-7, trials, scale * q), binom.isf(5e-7, trials, scale * q)
+        assert (low <= asked <= high) == fits
+
+
+# ------------------------------------------------------------------------------------------------- the public record
+
+
+@pytest.mark.parametrize("head", ["prototype", "frozen"])
+def test_epsilon_can_be_derived_from_the_record_alone(head: str) -> None:
+    from dp_accounting import dp_event
+    from dp_accounting.pld import PLDAccountant
+
+    plan = plan_of(f"model.head={head}", "privacy.epsilon=3")
+    steps = {phase.name: phase.num_steps for phase in plan.phases}
+    record = json.loads(json.dumps(plan.describe(steps, spent=plan.epsilon())))
+    charges = [
+        Charge(entry["sampling_probability"], entry["effective_noise_multiplier"], entry["num_steps"])
+        for entry in record["phases"]
+    ]
+    assert accounting.epsilon(charges, record["delta"], record["accountant"]) == record["epsilon"]
+    exact = PLDAccountant(value_discretization_interval=1e-4)
+    for entry in record["phases"]:
+        event: Any = dp_event.GaussianDpEvent(entry["effective_noise_multiplier"])
+        if entry["sampling_probability"] < 1:
+            event = dp_event.PoissonSampledDpEvent(entry["sampling_probability"], event)
+        exact.compose(dp_event.SelfComposedDpEvent(event, entry["num_steps"]))
+    independent = exact.get_epsilon(record["delta"])
+    assert independent * (1 - 1e-6) <= record["epsilon"] <= independent * (1 + 1e-3)
+
+
+def test_a_record_names_unit_relation_and_everything_a_price_depends_on() -> None:
+    plan = plan_of("privacy.clipping=automatic", "privacy.clip_norm=0.3")
+    record = plan.describe({PROTOTYPE: 1, FINETUNE: 8}, spent=1.25)
+    finetune = plan[FINETUNE]
+    assert record["epsilon"] == 1.25
+    assert (record["unit"], record["relation"], record["accountant"]) == ("record", "add/remove", "pld")
+    assert (record["delta"], record["num_steps"]) == (1e-5, 8)
+    assert record["sampling_probability"] == 50 / N
+    assert record["noise_multiplier"] == record["effective_noise_multiplier"] == finetune.mechanism.noise_multiplier
+    assert (record["mechanism"], record["clipping"], record["clip_norm"]) == ("gaussian", "automatic", 0.3)
+    assert [(entry["name"], entry["num_steps"]) for entry in record["phases"]] == [(PROTOTYPE, 1), (FINETUNE, 8)]
+    assert plan.describe({}, spent=0.0)["num_steps"] == 0
