@@ -13,12 +13,15 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
@@ -82,7 +85,8 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
         else:
             outcome.append(None)
 
-    with tempfile.TemporaryDirectory(prefix="fedlora-ray-", ignore_cleanup_errors=True) as scratch:
+    # Below /tmp, as Ray itself does: its sockets lie there, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         try:
             run_simulation(
                 server_app=server_app,
@@ -103,7 +107,7 @@ def backend_config(config: RunConfig, cpus: int, scratch: str) -> dict[str, dict
 
     Ray gives every actor as many torch threads as CPUs. On GPUs there is one actor on each: two would only take turns.
     """
-    gpus = _gpus() if config.run.device.startswith("cuda") else 0
+    gpus = torch.cuda.device_count() if config.run.device.startswith("cuda") else 0
     actors = min(config.federation.clients, gpus or cpus)
     threads = max(1, cpus // actors)
     return {
@@ -119,17 +123,14 @@ def backend_config(config: RunConfig, cpus: int, scratch: str) -> dict[str, dict
     }
 
 
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulations.flower", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="folder with config.toml")
-    parser.add_argument("--cpus", type=int, default=len(os.sched_getaffinity(0)), help="CPUs for the clients")
+    parser.add_argument("--cpus", type=int, default=torch.get_num_threads(), help="CPUs for the clients")
     chosen = parser.parse_args(arguments)
+    if chosen.cpus < 1:
+        parser.error(f"--cpus {chosen.cpus}, wanted at least 1")
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         with TerminalProgress() as progress:
             simulate(RunFolder.open(chosen.run_dir.absolute()), progress, chosen.cpus)
@@ -140,6 +141,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"fedlora: interrupted; fedlora simulate --resume {chosen.run_dir} goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt(_: int, __: Any) -> NoReturn:
+    """Once is enough: a second Ctrl-C, or one that our caller passes on, must not break the clean-up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:
