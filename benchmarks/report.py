@@ -1,0 +1,36 @@
+"""Results on disk: `<name>.json` with everything, `<name>.md` with the tables people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def conditions(machine: dict[str, Any], command: str) -> str:
+    """One paragraph on where the figures come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    features = ", ".join(machine["cpu_features"]) or "unknown"
+    before, after = (" ".join(map(str, machine[key])) for key in ("load_average", "load_average_after"))
+    return (
+        f"`{command}` on {machine['date']}: {machine['cpu']} ({features}), {machine['cores']} cores, "
+        f"{machine['threads']} threads used, load average {before} before and {after} after; "
+        f"Python {machine['python']}, {versions}."
+    )
+
+
+def save(folder: Path, name: str, facts: dict[str, Any], markdown: str) -> None:
+    """Write both files, replacing those of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    print(f"\nwritten: {folder / name}.json and .md")
