@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,72 @@ def make_bench(tiny_config: Callable[..., RunConfig]) -> MakeBench:
     from fedlora.federation.workbench import build_workbench
 
     return lambda *overrides, **how: build_workbench(tiny_config(*overrides, **how))
+
+
+@dataclass(kw_only=True)
+class Federation:
+    """A prepared simulation; as a transport it runs all asked sites in one cohort."""
+
+    config: RunConfig
+    data: Any
+    workbench: Any
+    dataset: EncodedDataset
+    sites: list[Any]
+
+    def exchange(self, instruction: Any, clients: tuple[int, ...]) -> list[Any]:
+        from fedlora.federation.cohort import Cohort
+
+        asked = [site for site in self.sites if site.client in clients]
+        return [*Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked).run(instruction)]
+
+    def server(self, transport: Any = None, on_round: Any = None, evaluate: Any = None) -> Any:
+        from fedlora.federation.server import Server
+
+        return Server(
+            workbench=self.workbench,
+            transport=transport or self,
+            evaluate=evaluate or (lambda theta: {"size": float(theta.norm())}),
+            on_round=on_round or (lambda report, state: None),
+        )
+
+    def start(self) -> Any:
+        from fedlora.federation.server import initial_state
+
+        return initial_state(self.workbench, "run-1")
+
+    def instruction(self, entry: Any, state: Any = None, **changes: Any) -> Any:
+        """What the server sends for a scheduled round, with `changes`."""
+        from fedlora.federation.messages import RoundInstruction
+
+        state = state or self.start()
+        facts = {
+            "run_id": state.run_id,
+            "round_index": entry.index,
+            "phase": entry.phase,
+            "layout_digest": self.workbench.payload_layout(entry.phase).digest,
+            "theta": state.theta,
+            "head": state.head,
+        }
+        return RoundInstruction(**{**facts, **changes})
+
+
+@pytest.fixture(scope="session")
+def make_federation(tiny_config: Callable[..., RunConfig]) -> Callable[..., Federation]:
+    """`make_federation("section.key=value", …)` prepares the run of `tiny_config(…)`, anew each time."""
+    from fedlora.federation.workbench import build_workbench, encode_training_data, load_simulated_data, make_sites
+
+    def make(*overrides: str, **how: Any) -> Federation:
+        config = tiny_config(*overrides, **how)
+        data, workbench = load_simulated_data(config), build_workbench(config)
+        return Federation(
+            config=config,
+            data=data,
+            workbench=workbench,
+            dataset=encode_training_data(workbench, data),
+            sites=make_sites(config, data, workbench.schedule),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

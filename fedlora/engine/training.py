@@ -77,7 +77,7 @@ def train(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-    return [TrainedRow(parameter.detach(), dict(optimizer.state[parameter])) for parameter in parameters]
+    return [TrainedRow(parameter.detach().clone(), dict(optimizer.state[parameter])) for parameter in parameters]
 
 
 def _private_mean_gradients(

@@ -31,7 +31,8 @@ class Cohort:
         """One round of every site: admit and count, compute, noise, check what leaves.
 
         Raises:
-            ProtocolError: the instruction fits no round of a site or another layout; nothing is trained.
+            ProtocolError: the instruction fits no round of a site or another layout; nothing is spent or trained.
+            AdapterError: its head does not fit the classifier; nothing is spent or trained.
         """
         layout = self.workbench.payload_layout(instruction.phase)
         if instruction.layout_digest != layout.digest:
@@ -39,14 +40,17 @@ class Cohort:
                 f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
                 "server and clients run different configurations"
             )
-        if (
-            tuple(instruction.theta.shape) != (self.workbench.layout.size,)
-            or not torch.isfinite(instruction.theta).all()
-        ):
-            raise ProtocolError(f"instruction's theta has shape {tuple(instruction.theta.shape)} or is not finite")
-        entries = [site.admit(instruction) for site in self.sites]
+        theta = instruction.theta
+        if theta.shape != (self.workbench.layout.size,) or theta.dtype != torch.float32 or not theta.isfinite().all():
+            raise ProtocolError(
+                f"instruction's theta has shape {tuple(theta.shape)} and dtype {theta.dtype} or is not finite; "
+                f"wanted {self.workbench.layout.size} finite numbers of float32"
+            )
+        for site in self.sites:
+            site.scheduled(instruction)  # one refusal, and no site has spent its round
         if instruction.head is not None:
             self.workbench.classifier.set_head(*instruction.head)
+        entries = [site.admit(instruction) for site in self.sites]
         compute = self._prototypes if instruction.phase == PROTOTYPE else self._train
         vectors = compute(instruction, entries[0])
         return [

@@ -34,11 +34,11 @@ class Site:
     """Rounds before this one are over: answered, or given up and still counted."""
     optimizer_state: OptimizerState | None = field(default=None, repr=False)
 
-    def admit(self, instruction: RoundInstruction) -> ScheduledRound:
-        """Count the round as spent and return it; called before anything private is computed.
+    def scheduled(self, instruction: RoundInstruction) -> ScheduledRound:
+        """The round that `instruction` asks for. Spends nothing.
 
         Raises:
-            ProtocolError: the round is not scheduled for this site, is over, or names another phase. Nothing is spent.
+            ProtocolError: the round is not scheduled for this site, is over, or names another phase.
         """
         entry = next((entry for entry in self.schedule if entry.index == instruction.round_index), None)
         if entry is None or entry.phase != instruction.phase:
@@ -48,6 +48,11 @@ class Site:
             )
         if entry.index < self.next_round:
             raise ProtocolError(f"client {self.client} has already done round {entry.index}; each round is done once")
+        return entry
+
+    def admit(self, instruction: RoundInstruction) -> ScheduledRound:
+        """Count the round as spent and return it; called before anything private is computed. Raises as `scheduled`."""
+        entry = self.scheduled(instruction)
         self.next_round = entry.index + 1
         return entry
 
