@@ -16,8 +16,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +46,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ConfiguredClientApp(ClientApp):
@@ -85,42 +87,45 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
         else:
             outcome.append(None)
 
-    # Below /tmp, as Ray itself does: its sockets lie there, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
-        try:
-            run_simulation(
-                server_app=server_app,
-                client_app=ConfiguredClientApp(config),
-                num_supernodes=config.federation.clients,
-                backend_config=backend_config(config, cpus, scratch),
-            )
-        finally:
-            ray.shutdown()
+    with ray_engine(config, cpus) as client_resources:
+        run_simulation(
+            server_app=server_app,
+            client_app=ConfiguredClientApp(config),
+            num_supernodes=config.federation.clients,
+            backend_config={"client_resources": client_resources},
+        )
     if not outcome:
         raise FedloraError("Flower's engine ended before the run did; its own log above says why")
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def backend_config(config: RunConfig, cpus: int, scratch: str) -> dict[str, dict[str, Any]]:
-    """As many actors as clients and CPUs allow, sharing the CPUs out without a rest of threads that fight for them.
+@contextmanager
+def ray_engine(config: RunConfig, cpus: int) -> Iterator[dict[str, Any]]:
+    """Ray, with as many actors as clients and CPUs allow; yields the resources of one actor.
 
-    Ray gives every actor as many torch threads as CPUs. On GPUs there is one actor on each: two would only take turns.
+    Ray gives an actor as many torch threads as CPUs. A GPU has one actor: two would only take turns. Flower uses a Ray
+    that it finds running, and leaves it to us to wait with an interrupt until Ray's processes can be found and ended.
     """
     gpus = torch.cuda.device_count() if config.run.device.startswith("cuda") else 0
     actors = min(config.federation.clients, gpus or cpus)
     threads = max(1, cpus // actors)
-    return {
-        "init_args": {
-            "num_cpus": actors * threads,
-            "num_gpus": gpus,
-            "include_dashboard": False,
-            "logging_level": logging.ERROR,
-            "log_to_driver": True,  # the clients' logs are the only place that says why one failed
-            "_temp_dir": scratch,
-        },
-        "client_resources": {"num_cpus": threads, "num_gpus": 1 if gpus else 0},
-    }
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the actors import the same code as this process
+    # Below /tmp, as Ray itself does: its sockets lie there, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        try:
+            with _interrupts_deferred():
+                ray.init(
+                    num_cpus=actors * threads,
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=True,  # a client's log is the only place that says why it failed
+                    _temp_dir=scratch,
+                )
+            yield {"num_cpus": threads, "num_gpus": 1 if gpus else 0}
+        finally:
+            ray.shutdown()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,14 +135,15 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.cpus < 1:
         parser.error(f"--cpus {chosen.cpus}, wanted at least 1")
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
     try:
         with TerminalProgress() as progress:
             simulate(RunFolder.open(chosen.run_dir.absolute()), progress, chosen.cpus)
     except FedloraError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into the latter
+    except KeyboardInterrupt:
         print(f"fedlora: interrupted; fedlora simulate --resume {chosen.run_dir} goes on", file=sys.stderr)
         return 130
     return 0
@@ -145,8 +151,23 @@ def main(arguments: Sequence[str]) -> int:
 
 def _interrupt(_: int, __: Any) -> NoReturn:
     """Once is enough: a second Ctrl-C, or one that our caller passes on, must not break the clean-up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    caught: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        for number in SIGNALS:  # Ray has put its own in place of one
+            signal.signal(number, _interrupt)
+    if caught:
+        _interrupt(caught[0], None)
 
 
 def leave(code: int) -> NoReturn:
