@@ -73,7 +73,7 @@ class ModelConfig(_Section, section="model"):
     pooling: Literal["auto", "cls", "mean", "last"] = setting(
         "auto", "auto: the model's own head for frozen and trained, the model card's pooling for prototype"
     )
-    temperature: float = setting(20.0, "scale of the prototype head's logits", above=0)
+    temperature: float = setting(10.0, "scale of the prototype head's logits", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class DataConfig(_Section, section="data"):
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig(_Section, section="federation"):
     clients: int = setting(3, "number of clients", at_least=1)
-    rounds: int = setting(30, "fine-tuning rounds", at_least=1)
+    rounds: int = setting(10, "fine-tuning rounds", at_least=1)
     local_steps: int = setting(10, "private steps of a client in a round", at_least=1)
     participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
     weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
