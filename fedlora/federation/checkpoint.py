@@ -7,14 +7,15 @@ once.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fedlora.errors import RunFolderError
@@ -42,7 +43,8 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
     }
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(facts)})
+    text = json.dumps(facts)
+    save_file(contiguous, partial, metadata={"format": FORMAT, "state": text, "sha256": _checksum(contiguous, text)})
     partial.replace(path)
 
 
@@ -58,6 +60,8 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if metadata.get("format") != FORMAT:
             raise RunFolderError(f"{path} has format {metadata.get('format')}, wanted {FORMAT}; start the run anew")
+        if metadata["sha256"] != _checksum(tensors, metadata["state"]):
+            raise ValueError("contents do not match their checksum")
         facts = json.loads(metadata["state"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(f"cannot resume from {path}: it is missing or broken; start the run anew") from error
@@ -75,3 +79,8 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         bytes_up=facts["bytes_up"],
         bytes_down=facts["bytes_down"],
     )
+
+
+def _checksum(tensors: Mapping[str, Tensor], state: str) -> str:
+    """A flipped bit in `next_round` would repeat rounds that are spent, so damage must not pass for a state."""
+    return hashlib.sha256(save(dict(tensors)) + state.encode()).hexdigest()

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.adapters.slots import AdapterLayout
+from fedlora.errors import ProtocolError
+from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_update
+
+LAYOUT = AdapterLayout.build({"m/B": (4, 2)}, method="ffa", rank=2, alpha=2.0)
+INSTRUCTION = RoundInstruction(
+    run_id="run", round_index=3, phase="finetune", layout_digest=LAYOUT.digest, theta=torch.zeros(8)
+)
+UPDATE = ClientUpdate(
+    run_id="run",
+    round_index=3,
+    phase="finetune",
+    client=1,
+    layout_digest=LAYOUT.digest,
+    vector=torch.ones(8),
+    facts={"epsilon": 1.0},
+)
+
+
+def with_number(value: float) -> torch.Tensor:
+    vector = torch.ones(8)
+    vector[5] = value
+    return vector
+
+
+def test_an_update_that_answers_the_instruction_passes() -> None:
+    check_update(UPDATE, INSTRUCTION, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"run_id": "other"}, "run"),
+        ({"round_index": 2}, "round"),
+        ({"phase": "prototype"}, "phase"),
+        ({"layout_digest": "0" * 64}, "layout digest"),
+        ({"vector": torch.ones(7)}, "shape"),
+        ({"vector": torch.ones(1, 8)}, "shape"),
+        ({"vector": torch.tensor(1.0)}, "shape"),
+        ({"vector": torch.ones(8, dtype=torch.float64)}, "dtype"),
+        ({"vector": torch.ones(8, dtype=torch.int64)}, "dtype"),
+        ({"vector": torch.ones(8, dtype=torch.bfloat16)}, "dtype"),
+        ({"vector": with_number(torch.nan)}, "not finite"),
+        ({"vector": with_number(torch.inf)}, "not finite"),
+        ({"vector": with_number(-torch.inf)}, "not finite"),
+    ],
+)
+def test_anything_else_is_refused_by_name_of_client_and_fault(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ProtocolError, match=f"client 1 has.*{named}") as caught:
+        check_update(dataclasses.replace(UPDATE, **change), INSTRUCTION, LAYOUT)
+    assert "tensor(" not in str(caught.value), "no numbers of a client in a message"
+
+
+def test_bytes_count_every_tensor() -> None:
+    assert INSTRUCTION.num_bytes == 32
+    head = (torch.zeros(2, 6), torch.zeros(2))
+    assert dataclasses.replace(INSTRUCTION, head=head).num_bytes == 32 + 48 + 8
+
+
+def test_messages_are_immutable() -> None:
+    for message in (INSTRUCTION, UPDATE):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            message.round_index = 4  # type: ignore[misc]
