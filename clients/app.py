@@ -51,9 +51,11 @@ def fixed_code_on_failure(handler: Handler) -> Callable[[Message, Context], Mess
 @app.query()
 @fixed_code_on_failure
 def enrol(_: Message, context: Context) -> RecordDict:
-    """Which client this node is, and which code it runs: node ids say neither."""
+    """Which client this node is, of how many where it knows, and which code it runs: node ids say nothing of it."""
     client = _client(context, RunConfig.from_flower(context.run_config))
-    return RecordDict({"enrolment": ConfigRecord({"client": client, "code_digest": code_digest()})})
+    known = context.node_config.get("num-partitions")
+    nodes = known if isinstance(known, int) else 0
+    return RecordDict({"enrolment": ConfigRecord({"client": client, "nodes": nodes, "code_digest": code_digest()})})
 
 
 @app.train()

@@ -8,9 +8,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import RunConfig
+from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.simulate import Progress, run_server
-from fedlora.federation.workbench import build_workbench
+from fedlora.experiments.simulate import run_server
+from fedlora.federation.workbench import Workbench, build_workbench
 from server.transport import NODES_DEADLINE, ROUND_TIMEOUT, GridTransport, enrol
 
 app = ServerApp()
@@ -20,30 +21,24 @@ log = logging.getLogger("fedlora.server")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """`flwr run`: a new run folder at run.out, which should be absolute, since Flower's server has its own folder."""
-    from fedlora.experiments.progress import TerminalProgress
-
     config = RunConfig.from_flower(context.run_config).with_overrides("run.transport=flower")
+    RunFolder.check_free(config)
+    workbench, transport = connect(grid, config)
     folder = RunFolder.create(config)
     log.warning("run folder: %s", folder.path.absolute())
     with TerminalProgress() as progress:
-        serve(grid, config, folder, progress)
+        run_server(config, folder, workbench, transport, (), progress)
 
 
-def serve(
-    grid: Grid,
-    config: RunConfig,
-    folder: RunFolder,
-    progress: Progress,
-    *,
-    nodes_deadline: float = NODES_DEADLINE,
-    round_timeout: float = ROUND_TIMEOUT,
-) -> None:
-    """The server's side of a run over `grid`: enrol the clients, do the rounds that `folder` lacks, write the results.
+def connect(
+    grid: Grid, config: RunConfig, *, nodes_deadline: float = NODES_DEADLINE, round_timeout: float = ROUND_TIMEOUT
+) -> tuple[Workbench, GridTransport]:
+    """What the server needs for its rounds: its own copy of the model, and a way to every client of the run.
 
     Raises:
-        FedloraError: clients are missing at the deadline, or no client answered a round.
+        ModelError: the model or a target module cannot be found.
+        FedloraError: the nodes do not become the clients of this run before the deadline.
     """
     workbench = build_workbench(config)
     nodes = enrol(grid, config.federation.clients, nodes_deadline)
-    transport = GridTransport(grid=grid, nodes=nodes, timeout=round_timeout)
-    run_server(config, folder, workbench, transport, (), progress)
+    return workbench, GridTransport(grid=grid, nodes=nodes, timeout=round_timeout)

@@ -51,7 +51,8 @@ def enrol(grid: Grid, clients: int, deadline: float = NODES_DEADLINE) -> dict[in
         Node id by client index.
 
     Raises:
-        FedloraError: clients are missing at the deadline, two nodes claim to be one, or a node runs other code.
+        FedloraError: clients are missing at the deadline, there are too few nodes, two of them claim to be one client,
+            or one runs other code.
     """
     end = time.monotonic() + deadline
     nodes: dict[int, int] = {}
@@ -82,11 +83,16 @@ def _enrol_one(reply: Message, nodes: dict[int, int], clients: int) -> str:
         return code
     try:
         answer = reply.content["enrolment"]
-        client, digest = answer["client"], answer["code_digest"]
+        client, known, digest = answer["client"], answer["nodes"], answer["code_digest"]
     except (KeyError, TypeError):
         return "protocol"
-    if type(client) is not int or not 0 <= client < clients:
+    if type(client) is not int or not 0 <= client < clients or type(known) is not int:
         return "protocol"
+    if 0 < known < clients:
+        raise FedloraError(
+            f"the federation has {known} nodes, but federation.clients = {clients}; for a simulation add "
+            f'--federation-config "num-supernodes={clients}" to flwr run, or set federation.clients'
+        )
     if digest != code_digest():
         raise FedloraError(
             f"client {client} runs another version of fedlora than the server. A SuperLink or SuperNode prefers "

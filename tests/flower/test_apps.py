@@ -25,11 +25,11 @@ import clients.app
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, RunFolderError
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.simulate import simulate
+from fedlora.experiments.simulate import run_server, simulate
 from fedlora.federation import cohort
-from server import transport
 from server.app import app as server_app
-from server.app import serve
+from server.app import connect
+from server.transport import enrol
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 
@@ -125,8 +125,9 @@ def fresh_process() -> None:
 
 
 def run(config: RunConfig, grid: LocalGrid) -> Path:
+    workbench, transport = connect(grid, config, nodes_deadline=0.2)
     folder = RunFolder.create(config)
-    serve(grid, config, folder, Silent(), nodes_deadline=0.2)
+    run_server(config, folder, workbench, transport, (), Silent())
     return folder.path
 
 
@@ -315,21 +316,28 @@ def test_a_node_without_a_partition_id_does_not_join(config: RunConfig, caplog: 
     grid = LocalGrid(config)
     grid.contexts[1000].node_config.clear()
     with pytest.raises(FedloraError, match="missing 0; nodes answered bad_input"):
-        transport.enrol(grid, 3, deadline=0.1)
+        enrol(grid, 3, deadline=0.1)
     assert "partition-id is None, wanted 0 to 2" in caplog.text
+
+
+def test_a_federation_with_too_few_nodes_is_not_waited_for(config: RunConfig) -> None:
+    grid = LocalGrid(config)
+    grid.contexts[1000].node_config["num-partitions"] = 2
+    with pytest.raises(FedloraError, match=r"has 2 nodes, but federation\.clients = 3"):
+        enrol(grid, 3, deadline=60.0)
 
 
 def test_two_nodes_cannot_be_one_client(config: RunConfig) -> None:
     grid = LocalGrid(config)
     grid.contexts[1000].node_config["partition-id"] = 1
     with pytest.raises(FedloraError, match="two nodes have partition-id 1"):
-        transport.enrol(grid, 3, deadline=0.1)
+        enrol(grid, 3, deadline=0.1)
 
 
 def test_a_node_that_runs_other_code_ends_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients.app, "code_digest", lambda: "other")
     with pytest.raises(FedloraError, match="another version of fedlora"):
-        transport.enrol(LocalGrid(config), 3, deadline=0.1)
+        enrol(LocalGrid(config), 3, deadline=0.1)
 
 
 def test_flower_runs_the_server_app_with_its_own_folder(config: RunConfig) -> None:
