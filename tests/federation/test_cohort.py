@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 
 from fedlora.engine import training
+from fedlora.engine.prototypes import class_sums
 from fedlora.errors import AdapterError, ProtocolError
 from fedlora.federation import cohort
+from fedlora.randomness import SecretRoot
 
 EVERYONE = (0, 1, 2)
 
@@ -39,6 +42,23 @@ def test_every_round_and_client_has_noise_of_its_own(make_federation: Any, numbe
         vectors += [update.vector for update in federation.exchange(federation.instruction(entry), EVERYONE)]
     correlation = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors))
     assert correlation.abs().max() < 5.5 / federation.workbench.layout.size**0.5  # false alarms below 1e-6
+
+
+def test_the_prototype_release_of_a_site_has_noise_of_sigma_times_root_two(make_federation: Any) -> None:
+    """Sum of squares over the variance is chi-square: false alarms 1e-6; 0.9 σ and 1.1 σ are rejected."""
+    federation = make_federation("model.head=prototype")
+    entry, bench = federation.workbench.schedule[0], federation.workbench
+    layout, noise = bench.payload_layout(entry.phase), []
+    exact = [class_sums(bench.classifier, federation.dataset, site.records, layout, 4096) for site in federation.sites]
+    for repetition in range(100):
+        for site in federation.sites:
+            site.secret, site.next_round = SecretRoot.seeded(repetition), 0
+        updates = federation.exchange(federation.instruction(entry), EVERYONE)
+        noise += [update.vector - total for update, total in zip(updates, exact, strict=True)]
+    values = torch.stack(noise).double()
+    low, high = chi2.ppf(5e-7, values.numel()), chi2.isf(5e-7, values.numel())
+    for scale, fits in ((1.0, True), (0.9, False), (1.1, False)):
+        assert (low < float(values.square().sum()) / (scale * 20.0 * 2**0.5) ** 2 < high) == fits
 
 
 def test_without_seeded_noise_two_runs_differ(make_federation: Any) -> None:
