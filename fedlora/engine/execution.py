@@ -6,8 +6,6 @@ twice as fast as fp32 SDPA on CPUs with AMX, and slower elsewhere). Private arit
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from fedlora.cache import read_entry, write_entry
+from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import load_classifier
@@ -80,15 +78,17 @@ def _fastest(
 ) -> tuple[str, Attention]:
     """The candidate with the shortest forward and backward, measured once per machine, model and torch version."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    facts = [config.model.name, where, torch.get_num_threads(), torch.__version__, candidates]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    remembered = (read_entry("execution", key) or {}).get("fastest")
-    for candidate in candidates:
-        if remembered == list(candidate):
-            return candidate
-    fastest = min(candidates, key=lambda candidate: _measure(config, device, *candidate))
-    write_entry("execution", key, {"fastest": fastest})
-    return fastest
+    question = {
+        "model": config.model.name,
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "candidates": [list(candidate) for candidate in candidates],
+    }
+    answer = remembered(
+        "execution", question, lambda: min(candidates, key=lambda candidate: _measure(config, device, *candidate))
+    )
+    return next((candidate for candidate in candidates if list(candidate) == list(answer)), candidates[0])
 
 
 def _measure(config: RunConfig, device: torch.device, dtype: str, attention: Attention) -> float:

@@ -6,6 +6,7 @@ fedlora never imports Flower. The apps live in the checkout, so this works from 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -51,14 +52,16 @@ def run_under_flower(folder: Path) -> Path:
     """Do the rounds that `folder` lacks; see `simulate_under_flower`."""
     _require_checkout()
     RunFolder.open(folder)
-    command = [sys.executable, "-m", "simulations.flower", str(folder.absolute())]
+    # -P: relative paths of the config hold, and yet no package in the user's folder is taken for ours.
+    command = [sys.executable, "-P", "-m", "simulations.flower", str(folder.absolute())]
     search_path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search_path}
-    process = subprocess.Popen(command, cwd=folder, env=environment)  # an empty place: Flower imports from its folder
+    process = subprocess.Popen(command, env=environment)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        code = process.wait()  # the terminal has told the child too; it ends its engine before it goes
+        process.send_signal(signal.SIGINT)  # a terminal has told it already, and once is all it listens to
+        code = process.wait()  # it ends its engine before it goes
     if code:
         raise FlowerRunFailed("the run under Flower did not finish; its last line above says why", code)
     return folder

@@ -6,17 +6,21 @@ record.json   the whole account   adapter/       in PEFT format             chec
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import math
 import os
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, RunFolderError
+from fedlora.errors import ConfigError, RunFolderError, RunInterrupted
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,13 @@ class RunFolder:
             RunFolderError: the folder exists and is not empty, or cannot be made. Nothing is overwritten.
         """
         cls.check_free(config)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = Path(config.run.out or f"runs/{config.data.task}-{config.adapter.method}-{stamp}")
+        folder = cls(Path(config.run.out) if config.run.out else _unused(config))
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            folder.config_file.write_text(config.to_toml(), encoding="utf-8")
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot make run folder {path}: {error.strerror}; choose another with --out"
-            ) from error
+            text = config.to_toml().encode()
+            folder.path.mkdir(parents=True, exist_ok=bool(config.run.out))
+            _replace(folder.config_file, text)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise _cannot_make(folder.path, error) from error
         return folder
 
     @staticmethod
@@ -50,14 +51,20 @@ class RunFolder:
         """Refuse a folder with anything in it, before any work is done.
 
         Raises:
-            RunFolderError: `run.out` is not empty, or not a folder.
+            RunFolderError: `run.out` is not empty, not a folder, or cannot be looked at.
         """
         path = Path(config.run.out)
-        if config.run.out and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            taken = bool(config.run.out) and path.exists() and (not path.is_dir() or any(path.iterdir()))
+        except OSError as error:
+            raise _cannot_make(path, error) from error
+        if taken and path.is_dir():
             raise RunFolderError(
                 f"run folder {path} is not empty and is left as it is; choose another with --out, "
-                f"or go on with --resume {path}"
+                f"or go on with --resume {shlex.quote(str(path))}"
             )
+        if taken:
+            raise RunFolderError(f"run folder {path} is a file and is left as it is; choose another with --out")
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -84,7 +91,39 @@ class RunFolder:
         try:
             return RunConfig.from_toml(self.config_file)
         except ConfigError as error:
-            raise RunFolderError(f"cannot resume {self.path}: {error}") from error
+            raise RunFolderError(f"cannot read the run in {self.path}: {error}") from error
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from going on with this run meanwhile; a claim ends with its process, however that ends.
+
+        Raises:
+            RunFolderError: another process has it.
+        """
+        with self.config_file.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"another process is at work on the run in {self.path}; wait for it, or stop it first"
+                ) from error
+            yield
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Ctrl-C in here names the command that goes on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise RunInterrupted(
+                f"interrupted after {len(self.read_rounds())} rounds; "
+                f"fedlora simulate --resume {shlex.quote(str(self.path))} goes on"
+            ) from None
+
+    @property
+    def started(self) -> str:
+        """When the folder was made, which is before anything private was touched."""
+        return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.config_file.stat().st_mtime))
 
     @property
     def config_file(self) -> Path:
@@ -129,16 +168,41 @@ class RunFolder:
         return rounds
 
     def keep_rounds_before(self, index: int) -> None:
-        """Drop rounds that were reported but not checkpointed: a resumed run does them again."""
-        kept = [line for line in self.read_rounds() if line["round"] < index]
-        partial = self.rounds_file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self.rounds_file)
+        """Drop a round that was reported but not checkpointed: a resumed run does it again.
+
+        Raises:
+            RunFolderError: the rounds are not those of a run that has come to round `index`: a lost checkpoint, say,
+                whose rounds are spent and would be spent again.
+        """
+        rounds = self.read_rounds()
+        if [line["round"] for line in rounds] not in ([*range(index)], [*range(index + 1)]):
+            raise RunFolderError(
+                f"cannot resume {self.path}: {self.rounds_file.name} has {len(rounds)} readable rounds, the checkpoint "
+                f"{index}; a file is lost or damaged: start the run anew"
+            )
+        _replace(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds[:index]).encode())
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        partial = self.record_file.with_suffix(".partial")
-        partial.write_text(json.dumps(to_json(record), indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.record_file)
+        _replace(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
+
+
+def _unused(config: RunConfig) -> Path:
+    """runs/<task>-<method>-<time>, numbered where several runs start in one second."""
+    stem = f"runs/{config.data.task}-{config.adapter.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """A kill leaves the old file or the new one, whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _cannot_make(path: Path, error: OSError | ValueError) -> RunFolderError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return RunFolderError(f"cannot make run folder {path}: {reason}; choose another with --out")
 
 
 def to_json(value: Any) -> Any:

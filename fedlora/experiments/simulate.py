@@ -14,7 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.data.glue import TASKS
 from fedlora.engine.execution import choose_execution
-from fedlora.errors import RunInterrupted
+from fedlora.errors import RunFolderError
 from fedlora.experiments.plots import plot_curve
 from fedlora.experiments.record import make_record
 from fedlora.experiments.run_folder import RunFolder
@@ -69,10 +69,9 @@ def simulate(config: RunConfig, progress: Progress) -> Path:
     config = resolve(config)
     RunFolder.check_free(config)
     workbench, dataset, sites = _prepare(config)
+    transport = CohortTransport(workbench=workbench, dataset=dataset, sites=sites)
     folder = RunFolder.create(config)
-    run_server(
-        config, folder, workbench, CohortTransport(workbench=workbench, dataset=dataset, sites=sites), sites, progress
-    )
+    run_server(config, folder, workbench, transport, sites, progress)
     return folder.path
 
 
@@ -84,10 +83,10 @@ def resume(path: Path, progress: Progress) -> Path:
     """
     folder = RunFolder.open(path)
     config = folder.read_config()
-    workbench, dataset, sites = _prepare(config)
-    run_server(
-        config, folder, workbench, CohortTransport(workbench=workbench, dataset=dataset, sites=sites), sites, progress
-    )
+    with folder.resumable():
+        workbench, dataset, sites = _prepare(config)
+        transport = CohortTransport(workbench=workbench, dataset=dataset, sites=sites)
+        run_server(config, folder, workbench, transport, sites, progress)
     return folder.path
 
 
@@ -120,12 +119,26 @@ def run_server(
 
     Args:
         sites: those of this process, whose optimiser state goes into the checkpoint; empty where sites live elsewhere.
+
+    Raises:
+        RunFolderError: what is in the folder is no state of this run, or another process goes on with it.
+        RunInterrupted: by Ctrl-C; the folder can be resumed.
+        FedloraError: the run failed.
     """
-    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
-    state = initial_state(workbench, uuid.uuid4().hex)
-    if folder.checkpoint_file.exists():
-        state = load_checkpoint(folder.checkpoint_file, sites)
-    folder.keep_rounds_before(state.next_round)
+    with folder.resumable(), folder.claimed():
+        _run_rounds(config, folder, workbench, transport, sites, progress)
+
+
+def _run_rounds(
+    config: RunConfig,
+    folder: RunFolder,
+    workbench: Workbench,
+    transport: Transport,
+    sites: Sequence[Site],
+    progress: Progress,
+) -> None:
+    clock = time.perf_counter()
+    state = _state_to_go_on_from(config, folder, workbench, sites)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
     evaluator = Evaluator(workbench)
     progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
@@ -136,14 +149,25 @@ def run_server(
         progress.round(report)
 
     server = Server(workbench=workbench, transport=transport, evaluate=evaluator, on_round=on_round)
-    try:
-        state = server.run(state)
-    except KeyboardInterrupt:
-        raise RunInterrupted(
-            f"interrupted after {state.next_round} of {len(workbench.schedule)} rounds; "
-            f"fedlora simulate --resume {folder.path} goes on"
-        ) from None
-    _finish(config, folder, workbench, evaluator, state, started, earlier + time.perf_counter() - clock)
+    state = server.run(state)
+    _finish(config, folder, workbench, evaluator, state, earlier + time.perf_counter() - clock)
+
+
+def _state_to_go_on_from(
+    config: RunConfig, folder: RunFolder, workbench: Workbench, sites: Sequence[Site]
+) -> ServerState:
+    """The checkpoint's state, or that of a new run. A run's id starts with the digest of the config it began with."""
+    digest = config.digest()[:16]
+    state = initial_state(workbench, f"{digest}-{uuid.uuid4().hex[:16]}")
+    if folder.checkpoint_file.exists():
+        state = load_checkpoint(folder.checkpoint_file, sites)
+    if not state.run_id.startswith(f"{digest}-"):
+        raise RunFolderError(
+            f"cannot resume {folder.path}: its config.toml is not the one that the run began with; put the original back, "
+            "or start a new run"
+        )
+    folder.keep_rounds_before(state.next_round)
+    return state
 
 
 def _finish(
@@ -152,7 +176,6 @@ def _finish(
     workbench: Workbench,
     evaluator: Evaluator,
     state: ServerState,
-    started: str,
     wall_seconds: float,
 ) -> None:
     """Adapter, curve and, last, the record: a folder with a record is a whole one."""
@@ -180,7 +203,7 @@ def _finish(
     folder.write_record(
         make_record(
             config,
-            started=started,
+            started=folder.started,
             wall_seconds=wall_seconds,
             metric={"name": evaluator.headline, "value": rounds[-1]["metric"], "split": next(iter(evaluator.splits))},
             metrics=metrics,

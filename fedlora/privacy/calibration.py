@@ -4,34 +4,19 @@
 `accounting.epsilon`, which has the last word. The answer cannot exceed the target under the function that will later
 decide whether the run may happen.
 
-**What the memory on disk may and may not do.** An entry is a σ that somebody once computed; a wrong one would mean
-too little noise. Hence:
-
-* Only searches are remembered. `accounting.epsilon` never reads the disk, and whoever spends budget (plan, ledger,
-  policy) prices the σ it is about to use with it. A wrong entry is refused there; it cannot make a run look cheaper.
-* An entry is used only if its text matches its own SHA-256 and the question it answers (arguments, version of
-  dp-accounting, schema): a typo, a cut-off write or a renamed file is a miss, and the search runs.
-* It must belong to this user and be writable by nobody else, as ssh asks of its keys. Who can write as this user can
-  change this code, the policy and the ledger as well: against him a signature here would protect nothing.
-
-The folder is `$FEDLORA_CACHE`, or `fedlora` under `$XDG_CACHE_HOME` or `~/.cache`, and in it `calibration/`. A folder
-that cannot be read or written is no error.
+**What the memory on disk (`fedlora.cache`) may and may not do.** An entry is a σ that somebody once computed; a wrong
+one would mean too little noise. Only searches are remembered: `accounting.epsilon` never reads the disk, and whoever
+spends budget prices the σ it is about to use with it. A wrong entry is refused there; it cannot make a run look
+cheaper.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import os
-import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
+from fedlora.cache import remembered
 from fedlora.errors import BudgetRefused, ConfigError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
@@ -81,6 +66,8 @@ def calibrate_noise_multiplier(
         "num_steps": int(num_steps),
         "fixed": [[c.sampling_probability, c.noise_multiplier, c.num_steps] for c in accounting.merged(fixed)],
         "accountant": accountant,
+        "dp_accounting": metadata.version("dp-accounting"),
+        "schema": SCHEMA,
     }
 
     def release(sigma: float) -> list[Charge]:
@@ -94,7 +81,8 @@ def calibrate_noise_multiplier(
             lambda s: accounting.epsilon(release(s), delta, accountant), epsilon, guess, 2 * _TOLERANCE
         )
 
-    return _remembered(question, search)
+    sigma = remembered("calibration", question, search)
+    return sigma if isinstance(sigma, float) and math.isfinite(sigma) and sigma > 0 else search()
 
 
 # Search ----------------------------------------------------------------------------------------------------------
@@ -168,59 +156,3 @@ def _log_ratio(price: float, target: float) -> float:
         return -math.inf if price <= 0 else math.inf
     ratio = math.log(price) - math.log(target)
     return max(ratio, 5e-324) if price > target else min(ratio, 0.0)  # the logs may round to equal, the prices decide
-
-
-# Memory on disk --------------------------------------------------------------------------------------------------
-
-
-def _remembered(question: dict[str, Any], search: Callable[[], float]) -> float:
-    question = {**question, "dp_accounting": metadata.version("dp-accounting"), "schema": SCHEMA}
-    path = _folder() / f"{_sha256(question)}.json"
-    sigma = _read(path, question)
-    if sigma is None:
-        sigma = search()
-        _write(path, question, sigma)
-    return sigma
-
-
-def _folder() -> Path:
-    override = os.environ.get("FEDLORA_CACHE")
-    if override:
-        return Path(override) / "calibration"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "fedlora" / "calibration"
-
-
-def _read(path: Path, question: dict[str, Any]) -> float | None:
-    """The remembered answer, or None where there is none that can be relied on."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            if not _only_ours(os.fstat(file.fileno())):
-                return None
-            entry = json.load(file)
-        answer = {"question": entry["question"], "noise_multiplier": entry["noise_multiplier"]}
-        sigma = float(answer["noise_multiplier"])
-        genuine = entry["sha256"] == _sha256(answer) and answer["question"] == question
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return sigma if genuine and math.isfinite(sigma) and sigma > 0 else None
-
-
-def _only_ours(status: os.stat_result) -> bool:
-    if not hasattr(os, "getuid"):  # no owners to compare, as on Windows
-        return True
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _write(path: Path, question: dict[str, Any], sigma: float) -> None:
-    """Leave a complete entry or none: written beside its place, then renamed into it."""
-    answer = {"question": question, "noise_multiplier": sigma}
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump({**answer, "sha256": _sha256(answer)}, file, indent=1)
-        Path(file.name).replace(path)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

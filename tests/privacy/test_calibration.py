@@ -148,7 +148,7 @@ def test_an_altered_entry_is_not_believed(memory: Path, searches: list[float], s
     other = json.dumps({**entry, "question": {**entry["question"], "num_steps": 5}})
     path.write_bytes(
         {
-            "less noise": json.dumps({**entry, "noise_multiplier": 0.1}).encode(),
+            "less noise": json.dumps({**entry, "answer": 0.1}).encode(),
             "cut off": text[: len(text) // 2].encode(),
             "empty": b"",
             "not a table": b"[1]",
