@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed run, 2 bad input, 3 budget or policy refused, 130 i
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fedlora",
     help="Fine-tune language models across sites that keep their records, under differential privacy.",
-    no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
 
@@ -77,7 +79,7 @@ def _read_config(recipe: Path | None, overrides: list[str], out: Path | None, tr
     from fedlora.config import RunConfig
 
     if out is not None:
-        overrides = [*overrides, f"run.out='''{out}'''"]
+        overrides = [*overrides, f"run.out={json.dumps(str(out), ensure_ascii=False)}"]
     if transport is not None:
         overrides = [*overrides, f"run.transport={transport}"]
     return RunConfig.from_toml(recipe, overrides) if recipe else RunConfig.from_mapping({}, overrides)
@@ -117,6 +119,9 @@ def calibrate(
         accountant=accountant,
     )
     typer.echo(f"noise_multiplier = {sigma:.4f}")
+    if math.isinf(epsilon):
+        typer.echo("no guarantee: ε = ∞, a run without noise")
+        return
     typer.echo(
         f"ε <= {epsilon:g} at δ = {delta:g}, one record added or removed, {accountant.upper()}; "
         f"q = {batch / records:.6f}, {steps} steps"
@@ -127,23 +132,30 @@ def calibrate(
 @app.command()
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="run folder or its adapter folder")],
-    task: Annotated[str, typer.Option(help="GLUE task")],
-    source: Annotated[str, typer.Option(help='"hub", "generated" or a folder')] = "hub",
+    task: Annotated[str, typer.Option(help="GLUE task; a run folder knows its own")] = "",
+    source: Annotated[str, typer.Option(help='"hub", "generated" or a folder; a run folder knows its own')] = "",
     split: Annotated[str, typer.Option(help="public validation split; empty: the task's first")] = "",
 ) -> None:
     """Official metrics of a trained adapter on public validation data."""
-    from fedlora.config import RunConfig
+    import fedlora
     from fedlora.data.glue import TASKS, available_validation_splits, load_records
     from fedlora.evaluation import glue_metrics
+    from fedlora.experiments.run_folder import RunFolder
     from fedlora.randomness import PublicSeed
 
-    settings = RunConfig.from_mapping({}, [f"data.task={task}", "model.head=frozen"])
+    is_run = RunFolder(adapter).config_file.is_file()
+    if not is_run and not (task and source):
+        raise ConfigError(f"{adapter} is no run folder, which would know its data; give --task and --source")
+    config = RunFolder(adapter).read_config() if is_run else fedlora.RunConfig()
+    task, source = task or config.data.task, source or config.data.source
     split = split or available_validation_splits(task, source)[0]
     records = load_records(
-        task, source, split, generated_records=settings.data.generated_records, seed=PublicSeed.from_int(0)
+        task,
+        source,
+        split,
+        generated_records=config.data.generated_records,
+        seed=PublicSeed.from_int(config.run.seed),  # so that the generated corpus is the run's
     )
-    import fedlora
-
     classifier = fedlora.load(adapter)
     if classifier.classifier.num_labels != TASKS[task].num_labels:
         raise InputError(
@@ -174,13 +186,13 @@ def predict(
 def main() -> NoReturn:
     """Entry point: one clear line for every deliberate error, never a traceback for a user's mistake."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except FedloraError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted before the first round; nothing was written", 130)
+        _fail("interrupted before a run folder was made; nothing was written", 130)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     sys.exit(code if isinstance(code, int) else 0)

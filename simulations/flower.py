@@ -154,6 +154,7 @@ def _interrupt(_: int, __: Any) -> NoReturn:
     """Once is enough: a second Ctrl-C, or one that our caller passes on, must not break the clean-up."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    logging.disable()  # what fails from now on fails because of this
     raise KeyboardInterrupt
 
 

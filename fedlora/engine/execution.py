@@ -23,7 +23,7 @@ from fedlora.randomness import PublicSeed
 
 Attention = Literal["auto", "eager", "sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 32768  # padded tokens of a micro-batch where the config says auto
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 32768  # padded tokens of a micro-batch; on CPUs, what caches hold
 
 
 @dataclass(frozen=True, kw_only=True)

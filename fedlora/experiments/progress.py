@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +15,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from fedlora.config import RunConfig
 from fedlora.federation.server import RoundReport
@@ -24,8 +27,15 @@ class TerminalProgress:
     """A bar below one row per round; rows stay in the scroll-back."""
 
     def __init__(self) -> None:
+        console = Console(markup=False, highlight=False, soft_wrap=True)  # a name may hold brackets, and is not cut
         self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds, left"), TimeRemainingColumn()
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rounds, left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task: Any = None
 
@@ -40,8 +50,7 @@ class TerminalProgress:
         console.print(
             f"{config.data.task} from {config.data.source}: {config.federation.clients} clients, "
             f"{config.adapter.method} rank {config.adapter.rank}, "
-            f"{'ε = ∞ (no privacy)' if not config.private else f'ε ≤ {config.privacy.epsilon:g}'}",
-            highlight=False,
+            f"{'ε = ∞ (not private)' if not config.private else f'ε ≤ {config.privacy.epsilon:g}'}"
         )
         if config.privacy.seeded_noise:
             console.print("noise seeded: NOT private, for reproducible research only", style="bold red")
@@ -64,7 +73,7 @@ class TerminalProgress:
             seconds=f"{report.seconds:.1f} s",
             clients=f"{report.clients_ok}{failed}",
         )
-        self._bar.console.print(row, highlight=False)
+        self._bar.console.print(row)
         self._bar.advance(self._task)
 
 
@@ -78,17 +87,36 @@ def print_result(folder: Path) -> None:
         accountant=worst["accountant"],
         noise_seeded=record["noise_seeded"],
     )
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     metric = record["metric"]
-    table.add_row(metric["name"], f"{metric['value']:.4f} on public {metric['split']}")
-    table.add_row("guarantee", str(guarantee))
-    if math.isfinite(guarantee.epsilon) and not guarantee.noise_seeded:
-        table.add_row("not covered", guarantee.not_covered)
-    table.add_row("traffic", f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down")
-    table.add_row("time", f"{record['wall_seconds']:.0f} s, {shown_bytes(record['peak_memory_bytes'])} peak memory")
-    table.add_row("run folder", str(folder))
-    table.add_row("use it", f'fedlora predict {folder} "some text"')
-    Console().print(table, highlight=False)
+    rows = {
+        metric["name"]: f"{metric['value']:.4f} on public {metric['split']}",
+        "guarantee": str(guarantee),
+        "not covered": guarantee.not_covered,
+        "traffic": f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down",
+        "time": f"{record['wall_seconds']:.0f} s, {shown_bytes(record['peak_memory_bytes'])} peak memory",
+        "run folder": str(folder),
+        "use it": f'fedlora predict {shlex.quote(str(folder))} "some text"',
+    }
+    if math.isinf(guarantee.epsilon) or guarantee.noise_seeded:
+        del rows["not covered"]
+    _print_rows(rows)
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    """Names and texts in two columns. A terminal folds long texts between words; a file gets a line for each."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    column = max(map(len, rows)) + 2
+    for name, text in rows.items():
+        console.print(
+            textwrap.fill(
+                text,
+                width=console.width if console.is_terminal else sys.maxsize,
+                initial_indent=f"{name:<{column}}",
+                subsequent_indent=" " * column,
+                break_long_words=False,  # a path that is cut cannot be copied
+                break_on_hyphens=False,
+            )
+        )
 
 
 def shown_epsilon(epsilon: float) -> str:

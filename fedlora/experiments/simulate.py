@@ -163,8 +163,8 @@ def _state_to_go_on_from(
         state = load_checkpoint(folder.checkpoint_file, sites)
     if not state.run_id.startswith(f"{digest}-"):
         raise RunFolderError(
-            f"cannot resume {folder.path}: its config.toml is not the one that the run began with; put the original back, "
-            "or start a new run"
+            f"cannot resume {folder.path}: its config.toml is not the one that the run began with; "
+            "put the original back, or start a new run"
         )
     folder.keep_rounds_before(state.next_round)
     return state

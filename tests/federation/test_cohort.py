@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 
 from fedlora.engine import training
 from fedlora.engine.prototypes import class_sums
 from fedlora.errors import AdapterError, ProtocolError
 from fedlora.federation import cohort
+from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot
 
 EVERYONE = (0, 1, 2)
@@ -42,6 +43,38 @@ def test_every_round_and_client_has_noise_of_its_own(make_federation: Any, numbe
         vectors += [update.vector for update in federation.exchange(federation.instruction(entry), EVERYONE)]
     correlation = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors))
     assert correlation.abs().max() < 5.5 / federation.workbench.layout.size**0.5  # false alarms below 1e-6
+
+
+def test_batches_are_drawn_anew_for_every_client_step_and_round(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records met again in a disjoint pair of batches: exact two-sided binomial bounds, false alarms 1e-6 each."""
+    drawn: list[np.ndarray] = []
+    genuine = PoissonSampler.draw
+
+    def spy(self: PoissonSampler, num_examples: int, generator: np.random.Generator) -> np.ndarray:
+        included = np.zeros(num_examples, dtype=bool)
+        positions = genuine(self, num_examples, generator)
+        included[positions] = True
+        drawn.append(included)
+        return positions
+
+    monkeypatch.setattr(PoissonSampler, "draw", spy)
+    federation = make_federation("federation.rounds=20", "training.learning_rate=0.001")
+    federation.server().run(federation.start())
+    batches = np.array(drawn).reshape(20, 2, 3, 80)  # rounds, steps, clients, records
+    pairs = {
+        "rounds": (batches[::2], batches[1::2]),
+        "steps": (batches[:, 0], batches[:, 1]),
+        "clients 0 and 1": (batches[:, :, 0], batches[:, :, 1]),
+        "clients 1 and 2": (batches[:, :, 1], batches[:, :, 2]),
+    }
+    probability = 16 / 80
+    for what, (one, other) in pairs.items():
+        low, high = binom.ppf(5e-7, one.size, probability**2), binom.isf(5e-7, one.size, probability**2)
+        assert low <= (one & other).sum() <= high, what
+    low, high = binom.ppf(5e-7, batches.size, probability), binom.isf(5e-7, batches.size, probability)
+    assert low <= batches.sum() <= high
 
 
 def test_the_prototype_release_of_a_site_has_noise_of_sigma_times_root_two(make_federation: Any) -> None:
