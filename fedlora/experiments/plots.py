@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.privacy.units import rounded_up
+
 _GAINED, _SPENT = "#1b6ca8", "#b3541e"
 
 
@@ -33,17 +35,18 @@ def plot_curve(path: Path, rounds: Sequence[Mapping[str, Any]], *, metric: str, 
     figure, panels = plt.subplots(
         len(ratios), figsize=(7, 5), dpi=150, sharex=True, squeeze=False, height_ratios=ratios, layout="constrained"
     )
-    curves = [(scored, metric.replace("_", " "), _GAINED), (spent, "ε, worst site", _SPENT)]
-    for axes, (points, label, color) in zip(panels[:, 0], curves, strict=False):
+    shown = f"{scored[-1][1]:.4f}", f"{rounded_up(spent[-1][1]):g}" if spent else ""
+    curves = [(scored, shown[0], metric.replace("_", " "), _GAINED), (spent, shown[1], "ε, worst site", _SPENT)]
+    for axes, (points, last, label, color) in zip(panels[:, 0], curves, strict=False):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=color, clip_on=False)
-        axes.annotate(f"{points[-1][1]:.4g}", points[-1], (6, 0), textcoords="offset points", va="center", color=color)
+        axes.annotate(last, points[-1], (6, 0), textcoords="offset points", va="center", color=color)
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if spent:
         panels[1, 0].set_ylim(bottom=0)
     panels[0, 0].set_title(f"{title}: public validation", fontsize=11, loc="left")
-    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[-1, 0].set_xlabel("round")
     figure.supxlabel(guarantee, fontsize=8, color="#444444")
     figure.savefig(path)
