@@ -138,7 +138,8 @@ def evaluate(
 ) -> None:
     """Official metrics of a trained adapter on public validation data."""
     import fedlora
-    from fedlora.data.glue import TASKS, available_validation_splits, load_records
+    from fedlora.data.glue import available_validation_splits, load_records
+    from fedlora.data.tasks import TASKS
     from fedlora.evaluation import glue_metrics
     from fedlora.experiments.run_folder import RunFolder
     from fedlora.randomness import PublicSeed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fedlora.data.glue import TASKS
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 
 Metrics = dict[str, float]

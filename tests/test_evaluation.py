@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fedlora.data.glue import TASKS
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 from fedlora.evaluation import glue_metrics
 

@@ -8,91 +8,25 @@ split in it is one of (the first that exists is taken, see `_SPLIT_FILES`):
     dev.tsv                                 the original GLUE download; CoLA without a header, no quoting anywhere
     validation/state.json                   saved with `datasets.save_to_disk`
     validation_subset.parquet               part of a split, and said to be so
-
-Heavy libraries are imported by the reader that needs them.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedlora.data.readers import HUB_DATASET, LABEL_COLUMN, READERS, Table, read_hub
+from fedlora.data.tasks import TASKS, TaskSpec
 from fedlora.errors import DataError
 from fedlora.randomness import PublicSeed
 
 logger = logging.getLogger(__name__)
-
-HUB_DATASET = "nyu-mll/glue"
-LABEL_COLUMN = "label"
-_HUB_PATIENCE_SECONDS = 4.0
-Table = dict[str, list[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """A GLUE task in the notation of `nyu-mll/glue`.
-
-    Attributes:
-        text_columns: one column, or the two of a pair.
-        num_labels: number of classes; 1 for a regression.
-        label_names: by class id; empty for a regression.
-        metric: the headline, a key of `evaluation.glue_metrics`.
-        validation_splits: public splits that carry labels.
-        label_range: smallest and largest label that may occur.
-    """
-
-    name: str
-    text_columns: tuple[str, ...]
-    label_names: tuple[str, ...]
-    metric: str = "accuracy"
-    validation_splits: tuple[str, ...] = ("validation",)
-
-    @property
-    def regression(self) -> bool:
-        return not self.label_names
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.label_names) or 1
-
-    @property
-    def label_range(self) -> tuple[int, int]:
-        return (0, 5) if self.regression else (0, self.num_labels - 1)
-
-
-_SENTENCES = ("sentence1", "sentence2")
-_ENTAILMENT = ("entailment", "not_entailment")
-
-TASKS: Mapping[str, TaskSpec] = {
-    spec.name: spec
-    for spec in (
-        TaskSpec(
-            name="cola",
-            text_columns=("sentence",),
-            label_names=("unacceptable", "acceptable"),
-            metric="matthews_correlation",
-        ),
-        TaskSpec(name="sst2", text_columns=("sentence",), label_names=("negative", "positive")),
-        TaskSpec(name="mrpc", text_columns=_SENTENCES, label_names=("not_equivalent", "equivalent")),
-        TaskSpec(name="stsb", text_columns=_SENTENCES, label_names=(), metric="pearson_spearman"),
-        TaskSpec(name="qqp", text_columns=("question1", "question2"), label_names=("not_duplicate", "duplicate")),
-        TaskSpec(
-            name="mnli",
-            text_columns=("premise", "hypothesis"),
-            label_names=("entailment", "neutral", "contradiction"),
-            validation_splits=("validation_matched", "validation_mismatched"),
-        ),
-        TaskSpec(name="qnli", text_columns=("question", "sentence"), label_names=_ENTAILMENT),
-        TaskSpec(name="rte", text_columns=_SENTENCES, label_names=_ENTAILMENT),
-        TaskSpec(name="wnli", text_columns=_SENTENCES, label_names=("not_entailment", "entailment")),
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -147,7 +81,7 @@ def load_records(task: str, source: str, split: str, *, generated_records: int, 
     if source == "generated":
         return _generated(spec, split, generated_records, seed)
     if source == "hub":
-        return _to_records(spec, _read_hub(spec, split), f"{HUB_DATASET} {task}/{split}")
+        return _to_records(spec, read_hub(spec, split), f"{HUB_DATASET} {task}/{split}")
     folder = _task_folder(spec, source)
     files = _split_files(spec, folder, split)
     if not files:
@@ -157,7 +91,7 @@ def load_records(task: str, source: str, split: str, *, generated_records: int, 
         )
     if files[0].stem.endswith("_subset"):
         logger.info("%s: using %s, a subset of the split %s", task, files[0], split)
-    tables = [_READERS[file.suffix](spec, file) for file in files]
+    tables = [READERS[file.suffix](spec, file) for file in files]
     return _to_records(spec, _stacked(tables), str(files[0]))
 
 
@@ -307,95 +241,3 @@ def _task_folder(spec: TaskSpec, source: str) -> Path:
             f"no {spec.name} records in {root}; wanted a sub-folder {spec.name} with train.parquet or train.tsv"
         )
     return root
-
-
-# --- readers ---------------------------------------------------------------------------------------------------------
-
-
-def _read_parquet(spec: TaskSpec, path: Path) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # ParquetFile, not read_table: the latter makes columns of folder names such as "task=sst2".
-        return dict(pyarrow.parquet.ParquetFile(path).read().to_pydict())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {path} as parquet ({type(error).__name__}); copy or download it again") from error
-
-
-def _read_saved(spec: TaskSpec, path: Path) -> Table:
-    import datasets
-
-    try:
-        return dict(datasets.load_from_disk(str(path.parent)).to_dict())
-    except Exception as error:  # datasets raises whatever its readers raise
-        raise DataError(
-            f"cannot read {path.parent} as saved by datasets.save_to_disk ({type(error).__name__}); save it again"
-        ) from error
-
-
-_TSV_HEADERS: Mapping[str, list[str]] = {"cola": ["source", "label", "star", "sentence"]}
-_TSV_RENAMES: Mapping[str, Mapping[str, str]] = {
-    "mrpc": {"Quality": LABEL_COLUMN, "#1 String": "sentence1", "#2 String": "sentence2"},
-    "stsb": {"score": LABEL_COLUMN},
-    "qqp": {"is_duplicate": LABEL_COLUMN},
-    "mnli": {"gold_label": LABEL_COLUMN, "sentence1": "premise", "sentence2": "hypothesis"},
-}
-
-
-def _read_tsv(spec: TaskSpec, path: Path) -> Table:
-    """The original GLUE download. Rows cut short are dropped, as the hub's own loader does, and counted."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # MRPC starts with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text ({type(error).__name__}); download it again") from error
-    # Not csv, not splitlines: quotes are ordinary characters here, and so are the rarer Unicode line separators.
-    rows = [line.split("\t") for line in text.split("\n") if line]
-    header = _TSV_HEADERS.get(spec.name) or (rows.pop(0) if rows else [])
-    renames = _TSV_RENAMES.get(spec.name, {})
-    names = [renames.get(name, name) for name in header]
-    whole = [row for row in rows if len(row) >= len(names)]
-    if len(whole) < len(rows):
-        logger.warning("%s: dropped %d rows of %d with too few columns", path, len(rows) - len(whole), len(rows))
-    return {name: [row[position] for row in whole] for position, name in enumerate(names)}
-
-
-_READERS: Mapping[str, Callable[[TaskSpec, Path], Table]] = {
-    ".parquet": _read_parquet,
-    ".tsv": _read_tsv,
-    ".json": _read_saved,
-}
-
-
-def _read_hub(spec: TaskSpec, split: str) -> Table:
-    """One split from the hub, or from its local cache when the hub does not answer."""
-    import datasets
-
-    online = _hub_answers()
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not online
-    try:
-        return dict(datasets.load_dataset(HUB_DATASET, spec.name, split=split).to_dict())
-    except Exception as error:  # offline, unknown split, broken cache: every library below has its own exceptions
-        hub = "the hub" if online else "the hub (which does not answer)"
-        raise DataError(
-            f"cannot load split {split!r} of {spec.name} in {HUB_DATASET} from {hub} or its cache "
-            f"{datasets.config.HF_DATASETS_CACHE} ({type(error).__name__}); connect to the hub, "
-            'or set data.source to a folder with the GLUE files or to "generated"'
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _hub_answers() -> bool:
-    """One short question: left to itself, `datasets` retries an unreachable hub for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(HUB_DATASET, timeout=_HUB_PATIENCE_SECONDS)
-    except HfHubHTTPError:
-        return True  # it answers, if only to refuse; what it refuses is for `datasets` to find out
-    except Exception:  # whatever the HTTP client of the day raises
-        return False
-    return True

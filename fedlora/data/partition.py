@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.glue import TASKS, Records
+from fedlora.data.glue import Records
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 from fedlora.randomness import PublicSeed
 

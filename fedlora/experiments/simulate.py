@@ -12,7 +12,7 @@ from typing import Protocol
 from fedlora.adapters.peft import export_adapter
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
-from fedlora.data.glue import TASKS
+from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
 from fedlora.experiments.plots import plot_curve

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
-from fedlora.data.glue import TASKS, available_validation_splits, load_records
+from fedlora.data.glue import available_validation_splits, load_records
+from fedlora.data.tasks import TASKS
 from fedlora.engine.batching import microbatches
 from fedlora.evaluation import glue_metrics
 from fedlora.federation.workbench import Workbench

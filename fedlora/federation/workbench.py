@@ -15,8 +15,9 @@ from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
-from fedlora.data.glue import TASKS, Records, load_records
+from fedlora.data.glue import Records, load_records
 from fedlora.data.partition import partition
+from fedlora.data.tasks import TASKS
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend

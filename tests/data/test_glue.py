@@ -15,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedlora.data.glue import TASKS, Records, available_validation_splits, load_records
+from fedlora.data.glue import Records, available_validation_splits, load_records
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 from fedlora.randomness import PublicSeed
 
@@ -212,7 +213,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((path, name, split))
         return datasets.Dataset.from_dict(dict(REVIEWS))
 
-    monkeypatch.setattr("fedlora.data.glue._hub_answers", lambda: True)
+    monkeypatch.setattr("fedlora.data.readers._hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     assert load("sst2", "hub", "validation").labels.tolist() == [1, 0, 1]
     assert asked == [("nyu-mll/glue", "sst2", "validation")]

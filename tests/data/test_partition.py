@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import DataConfig
-from fedlora.data.glue import TASKS, Records
+from fedlora.data.glue import Records
 from fedlora.data.partition import partition
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 from fedlora.randomness import PublicSeed
 

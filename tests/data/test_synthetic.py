@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedlora.data.glue import TASKS, Records, available_validation_splits, load_records
+from fedlora.data.glue import Records, available_validation_splits, load_records
+from fedlora.data.tasks import TASKS
 from fedlora.errors import DataError
 from fedlora.randomness import PublicSeed
 
