@@ -1,7 +1,7 @@
 """Accuracy against ε for one recipe: `python -m simulations.privacy_utility simulations/recipes/sst2.toml`.
 
-Runs the recipe at every ε and public seed, keeps each run's record under simulations/results/, and prints the table. A run
-whose record is there already is not done again. Every ε uses the same recipe, so rows differ in noise only.
+Runs the recipe at every ε and public seed, keeps each run's record under simulations/results/, and prints the table. A
+run whose record is there already is not done again. Every ε uses the same recipe, so rows differ in noise only.
 """
 
 from __future__ import annotations
