@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import click
 import typer
 
-from fedlora.errors import ConfigError, FedloraError, InputError
+from fedlora.errors import ConfigError, FedloraError, InputError, RunInterrupted
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -187,7 +187,9 @@ def predict(
 def main() -> NoReturn:
     """Entry point: one clear line for every deliberate error, never a traceback for a user's mistake."""
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="fedlora", standalone_mode=False)
+        if code == RunInterrupted.exit_code:  # what typer makes of a Ctrl-C
+            raise KeyboardInterrupt
     except FedloraError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

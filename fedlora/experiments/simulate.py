@@ -22,6 +22,7 @@ from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.schedule import make_schedule
 from fedlora.federation.server import Reply, RoundReport, Server, ServerState, Transport, initial_state
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import (
@@ -66,12 +67,11 @@ def simulate(config: RunConfig, progress: Progress) -> Path:
         InputError: anything the user can correct; nothing was written.
         BudgetRefused: the asked ε cannot be met; nothing was written.
     """
-    config = resolve(config)
     RunFolder.check_free(config)
-    workbench, dataset, sites = _prepare(config)
-    transport = CohortTransport(workbench=workbench, dataset=dataset, sites=sites)
-    folder = RunFolder.create(config)
-    run_server(config, folder, workbench, transport, sites, progress)
+    transport, evaluator = _prepare(config)
+    workbench = transport.workbench
+    folder = RunFolder.create(workbench.config)
+    run_server(workbench.config, folder, workbench, transport, transport.sites, progress, evaluator)
     return folder.path
 
 
@@ -84,9 +84,8 @@ def resume(path: Path, progress: Progress) -> Path:
     folder = RunFolder.open(path)
     config = folder.read_config()
     with folder.resumable():
-        workbench, dataset, sites = _prepare(config)
-        transport = CohortTransport(workbench=workbench, dataset=dataset, sites=sites)
-        run_server(config, folder, workbench, transport, sites, progress)
+        transport, evaluator = _prepare(config)
+        run_server(config, folder, transport.workbench, transport, transport.sites, progress, evaluator)
     return folder.path
 
 
@@ -101,10 +100,13 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def _prepare(config: RunConfig) -> tuple[Workbench, EncodedDataset, list[Site]]:
+def _prepare(config: RunConfig) -> tuple[CohortTransport, Evaluator]:
+    """All that a run needs, so that nothing the user can correct is left to be found later; cheap mistakes first."""
     data = load_simulated_data(config)
-    workbench = build_workbench(config)
-    return workbench, encode_training_data(workbench, data), make_sites(config, data, workbench.schedule)
+    sites = make_sites(config, data, make_schedule(config))
+    workbench = build_workbench(resolve(config))
+    dataset = encode_training_data(workbench, data)
+    return CohortTransport(workbench=workbench, dataset=dataset, sites=sites), Evaluator(workbench)
 
 
 def run_server(
@@ -114,11 +116,13 @@ def run_server(
     transport: Transport,
     sites: Sequence[Site],
     progress: Progress,
+    evaluator: Evaluator | None = None,
 ) -> None:
     """Do the rounds that `folder` does not have yet and write what a run leaves behind.
 
     Args:
         sites: those of this process, whose optimiser state goes into the checkpoint; empty where sites live elsewhere.
+        evaluator: where the caller has made one already.
 
     Raises:
         RunFolderError: what is in the folder is no state of this run, or another process goes on with it.
@@ -126,7 +130,7 @@ def run_server(
         FedloraError: the run failed.
     """
     with folder.resumable(), folder.claimed():
-        _run_rounds(config, folder, workbench, transport, sites, progress)
+        _run_rounds(config, folder, workbench, transport, sites, progress, evaluator or Evaluator(workbench))
 
 
 def _run_rounds(
@@ -136,11 +140,11 @@ def _run_rounds(
     transport: Transport,
     sites: Sequence[Site],
     progress: Progress,
+    evaluator: Evaluator,
 ) -> None:
     clock = time.perf_counter()
     state = _state_to_go_on_from(config, folder, workbench, sites)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
-    evaluator = Evaluator(workbench)
     progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
 
     def on_round(report: RoundReport, state: ServerState) -> None:
