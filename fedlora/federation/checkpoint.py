@@ -1,6 +1,8 @@
 """What a stopped run needs to go on, in one safetensors file that is replaced atomically.
 
-Holds the server's public state and, in simulation, the sites' optimiser states (derived from noised gradients only).
+Holds the server's public state and, in simulation, what the sites would keep to themselves: optimiser states (derived
+from noised gradients only) and fingerprints of their records. It goes when the run has ended.
+
 It never holds a secret root: a resumed run draws new noise, which the accounting allows since every round is released
 once.
 """
@@ -40,6 +42,7 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         "facts": {str(client): known for client, known in state.facts.items()},
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
+        "fingerprints": {str(site.client): site.fingerprint for site in sites},
     }
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -52,7 +55,7 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
     """The state saved at `path`; puts the sites' optimiser states and round counts back in place.
 
     Raises:
-        RunFolderError: the file is missing, broken or of another format.
+        RunFolderError: the file is missing, broken or of another format, or a site's records are not those of then.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -66,6 +69,10 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(f"cannot resume from {path}: it is missing or broken; start the run anew") from error
     for site in sites:
+        if site.fingerprint != facts["fingerprints"].get(str(site.client), site.fingerprint):
+            raise RunFolderError(
+                f"cannot resume from {path}: the records of client {site.client} have changed since; start the run anew"
+            )
         prefix = f"site/{site.client}/"
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         site.optimizer_state = own or None

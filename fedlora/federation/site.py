@@ -30,6 +30,8 @@ class Site:
     schedule: tuple[ScheduledRound, ...]
     """The rounds this site takes part in."""
     secret: SecretRoot = field(repr=False)
+    fingerprint: str = field(default="", repr=False)
+    """Of its records: who knows all but one of them could test the last, so it never leaves the site."""
     next_round: int = 0
     """Rounds before this one are over: answered, or given up and still counted."""
     optimizer_state: OptimizerState | None = field(default=None, repr=False)

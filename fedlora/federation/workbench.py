@@ -15,6 +15,7 @@ from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
 from fedlora.data.partition import partition
 from fedlora.data.tasks import TASKS
@@ -130,7 +131,14 @@ def make_site(config: RunConfig, data: SimulatedData, schedule: tuple[ScheduledR
     num_rounds = sum(entry.phase != PROTOTYPE for entry in mine)
     plan = make_plan(config, num_examples=len(own), num_rounds=num_rounds, client=client)
     secret = SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os()
-    return Site(client=client, records=own, plan=plan, schedule=tuple(mine), secret=secret)
+    return Site(
+        client=client,
+        records=own,
+        plan=plan,
+        schedule=tuple(mine),
+        secret=secret,
+        fingerprint=fingerprint(data.records.subset(own)),
+    )
 
 
 def encode_training_data(workbench: Workbench, data: SimulatedData) -> EncodedDataset:

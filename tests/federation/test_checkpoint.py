@@ -166,3 +166,13 @@ def test_a_kill_while_writing_leaves_the_old_file_whole(
         save_checkpoint(path, load_checkpoint(path, federation.sites), federation.sites)
     assert path.read_bytes() == content
     assert load_checkpoint(path, federation.sites).next_round == 2
+
+
+def test_changed_records_are_not_gone_on_with(make_federation: Any, tmp_path: Path) -> None:
+    """The plan was made for other records: q, n and the accounting would be of a data set that is no more."""
+    federation = make_federation()
+    save_checkpoint(tmp_path / "c", federation.start(), federation.sites)
+    assert len({site.fingerprint for site in federation.sites}) == len(federation.sites)
+    federation.sites[1].fingerprint = "0" * 64
+    with pytest.raises(RunFolderError, match="client 1 have changed"):
+        load_checkpoint(tmp_path / "c", federation.sites)
