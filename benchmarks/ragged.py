@@ -34,6 +34,7 @@ def ragged_job(repeats: int, order: random.Random) -> dict[str, Any]:
         "opacus_hooks, float32 sdpa, padded to the longest": ("opacus_hooks", USUAL, longest),
         "peft without privacy, float32 sdpa, padded to 128": ("peft", USUAL, fixed),
         "fedlora, float32 sdpa, padded to 128": ("fedlora", USUAL, fixed),
+        "fedlora, float32 sdpa, padded to the longest": ("fedlora", USUAL, longest),
         "fedlora, float32 sdpa, sorted micro-batches": ("fedlora", USUAL, sorted_parts),
         "fedlora, bfloat16 eager, sorted micro-batches": ("fedlora", HALF, sorted_parts),
     }
@@ -53,6 +54,7 @@ def ragged_job(repeats: int, order: random.Random) -> dict[str, Any]:
 def _facts(seconds: Sequence[float], reference: Sequence[float], parts: Parts) -> dict[str, Any]:
     speed_up = ratios(reference, seconds)
     return {
+        "parts": len(parts),
         "padded_tokens": sum(batch["input_ids"].numel() for batch, _ in parts),
         "seconds": Spread.of(seconds).to_json(),
         "times_as_fast": speed_up.to_json(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,22 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def conditions(machine: dict[str, Any], command: str) -> str:
+def command(module: str) -> str:
+    """How this benchmark was started, without the folder it writes to."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def conditions(machine: dict[str, Any]) -> str:
     """One paragraph on where the figures come from."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     features = ", ".join(machine["cpu_features"]) or "unknown"
     before, after = (" ".join(map(str, machine[key])) for key in ("load_average", "load_average_after"))
     return (
-        f"`{command}` on {machine['date']}: {machine['cpu']} ({features}), {machine['cores']} cores, "
+        f"`{machine['command']}` on {machine['date']}: {machine['cpu']} ({features}), {machine['cores']} cores, "
         f"{machine['threads']} threads used, load average {before} before and {after} after; "
         f"Python {machine['python']}, {versions}."
     )

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.flower_example import OFFLINE
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.process_tree import Outcome, run
-from benchmarks.report import RESULTS, conditions, save, table
+from benchmarks.report import RESULTS, command, conditions, save, table
 from benchmarks.spread import Spread, ratios, take_turns
 from fedlora.config import RunConfig
 from fedlora.models.source import locate_model
@@ -43,7 +43,7 @@ def main() -> None:
     options = _options()
     if options.cpus < (os.cpu_count() or 1):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cpus :])  # every process below inherits it
-    machine, started = describe_machine(), time.perf_counter()
+    machine, started = {"command": command("benchmarks.simulate")} | describe_machine(), time.perf_counter()
     config = _job(options)
     with tempfile.TemporaryDirectory(prefix="fedlora-benchmark-") as scratch:
         runner = _Runner(config, options.cpus, Path(scratch), options.limit)
@@ -68,7 +68,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate", description="One federated job, four ways.")
     parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32, help="expected batch; a client has ten times as many records")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="cores that each way may use")
@@ -193,7 +193,7 @@ def _markdown(config: RunConfig, facts: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# One federated job",
-            conditions(facts["machine"], "python -m benchmarks.simulate"),
+            conditions(facts["machine"]),
             f"{federation.clients} clients with {each} records of the generated SST-2-like corpus, {federation.rounds} "
             f"rounds of {federation.local_steps} private steps, expected batch {training.expected_batch_size}, "
             "MiniLM-L6, LoRA r = 8 on query and value with A frozen, "
