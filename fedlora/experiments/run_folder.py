@@ -116,7 +116,7 @@ class RunFolder:
             yield
         except KeyboardInterrupt:
             raise RunInterrupted(
-                f"interrupted after {len(self.read_rounds())} rounds; "
+                f"interrupted, rounds done: {len(self.read_rounds())}; "
                 f"fedlora simulate --resume {shlex.quote(str(self.path))} goes on"
             ) from None
 
