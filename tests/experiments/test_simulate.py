@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -269,58 +270,63 @@ def test_a_refused_budget_leaves_no_folder(make_run: MakeRun) -> None:
     assert not Path(config.run.out).exists()
 
 
-class Started:
-    """`fedlora …` in a process of its own."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
-        )
-
-    def stop_after(self, folder: RunFolder, rounds: int, delay: float, number: signal.Signals) -> None:
-        """Send a signal when `rounds` more rounds are done, and a little later."""
-        end, already = time.monotonic() + 60, len(folder.read_rounds())
-        while len(folder.read_rounds()) < already + rounds and self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(delay)
-        self.process.send_signal(number)
-
-    def wait(self) -> tuple[int, str, str]:
-        try:
-            out, err = self.process.communicate(timeout=100)
-        finally:
-            self.process.kill()
-        return self.process.returncode, out, err
+def wait_for_rounds(folder: RunFolder, count: int) -> None:
+    """Until `count` more rounds are done."""
+    end, already = time.monotonic() + 30, len(folder.read_rounds())
+    while len(folder.read_rounds()) < already + count and time.monotonic() < end:
+        time.sleep(0.005)
 
 
-def test_ctrl_c_and_kills_of_a_real_process_lose_no_round(make_run: MakeRun, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    config = make_run("federation.rounds=20", "federation.local_steps=40")
+def test_ctrl_c_ends_the_real_command_with_one_line_and_it_can_be_resumed(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run("federation.rounds=12", "federation.local_steps=60")
+    recipe, folder = tmp_path / "recipe.toml", RunFolder(Path(config.run.out))
     recipe.write_text(config.to_toml())
-    folder, draw = RunFolder(Path(config.run.out)), random.Random(0)
 
-    run = Started("simulate", recipe)
-    run.stop_after(folder, rounds=2, delay=0.05, number=signal.SIGINT)
-    code, out, err = run.wait()
-    assert code == 130, err
-    assert err.startswith("fedlora: interrupted, rounds done: ")
-    assert err.endswith(f"; fedlora simulate --resume {folder.path} goes on\n")
-    assert err.count("\n") == 1
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", START, "simulate", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start(recipe) as run:
+        wait_for_rounds(folder, 2)
+        time.sleep(0.05)  # into the middle of the next round
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert re.fullmatch(
+        rf"fedlora: interrupted, rounds done: \d+; fedlora simulate --resume {folder.path} goes on\n", err
+    )
     assert "\x1b" not in out
 
-    for _ in range(2):
-        run = Started("simulate", "--resume", folder.path)
-        run.stop_after(folder, rounds=draw.randint(1, 3), delay=draw.uniform(0, 0.2), number=signal.SIGKILL)
-        assert run.wait()[0] == -signal.SIGKILL
-
-    code, out, err = Started("simulate", "--resume", folder.path).wait()
-    assert (code, err) == (0, ""), "and libraries say nothing"
+    with start("--resume", folder.path) as run:
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (0, ""), "and libraries say nothing"
     assert "no guarantee: noise seeded, not private" in out
-    assert [entry["round"] for entry in folder.read_rounds()] == list(range(21))
-    whole = tmp_path / "whole"
-    assert Started("simulate", recipe, "--out", whole).wait()[0] == 0
+    assert [entry["round"] for entry in folder.read_rounds()] == list(range(13))
+
+
+def _go_on(config: RunConfig) -> None:
+    path = Path(config.run.out)
+    if path.exists():
+        resume(path, Silent())
+    else:
+        simulate(config, Silent())
+
+
+def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: MakeRun) -> None:
+    settings = ("federation.rounds=60", "federation.local_steps=4")
+    whole = simulate(make_run(*settings, out="whole"), Silent())
+    config = make_run(*settings)
+    folder, draw = RunFolder(Path(config.run.out)), random.Random(0)
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every process
+    context.set_forkserver_preload(["fedlora.experiments.simulate", "transformers"])
+    for _ in range(5):
+        process = context.Process(target=_go_on, args=(config,))
+        process.start()
+        wait_for_rounds(folder, draw.randint(1, 6))
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    resume(folder.path, Silent())
+    assert [entry["round"] for entry in folder.read_rounds()] == list(range(61))
     assert result(folder.path)[:2] == result(whole)[:2]
