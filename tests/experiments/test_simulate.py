@@ -46,6 +46,7 @@ def make_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
             "federation.participation=0.67",
             "training.optimizer=momentum",
             "training.keep_state=true",
+            "training.learning_rate=0.02",
             "privacy.accountant=rdp",
             *overrides,
             f"run.out='{tmp_path / out}'",
@@ -271,7 +272,7 @@ def test_a_refused_budget_leaves_no_folder(make_run: MakeRun) -> None:
 
 
 def wait_for_rounds(folder: RunFolder, count: int) -> None:
-    """Until `count` more rounds are done."""
+    """Until `count` more rounds are done, or the patience is."""
     end, already = time.monotonic() + 30, len(folder.read_rounds())
     while len(folder.read_rounds()) < already + count and time.monotonic() < end:
         time.sleep(0.005)
@@ -319,7 +320,7 @@ def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: Make
     folder, draw = RunFolder(Path(config.run.out)), random.Random(0)
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every process
     context.set_forkserver_preload(["fedlora.experiments.simulate", "transformers"])
-    for _ in range(5):
+    for _ in range(3):
         process = context.Process(target=_go_on, args=(config,))
         process.start()
         wait_for_rounds(folder, draw.randint(1, 6))
