@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ class Fedlora:
         self.optimizer = torch.optim.SGD([self.parameter], lr=settings.learning_rate)
         self.clipping = Clipping("flat", settings.clip_norm)
         self.mechanism = GaussianMechanism(settings.noise_multiplier)
-        self.noise = torch.Generator().manual_seed(0)
+        self.noise = np.random.default_rng(0)
 
     def step(self, batch: Batch, labels: Tensor) -> None:
         self.step_in_parts([(batch, labels)])

@@ -128,7 +128,7 @@ class PrivacyConfig(_Section, section="privacy"):
     epsilon: float = setting(6.0, "target for the whole run, per site; inf is an explicit non-private run", above=0)
     delta: float = setting(1e-5, "must be below 1/n of every site", above=0, at_most=0.5)
     clipping: Literal["flat", "automatic"] = setting("flat", "flat: min(1, C/|g|) | automatic: C/(|g| + 0.01)")
-    clip_norm: float = setting(1.0, "L2 bound C of one record's gradient over all trained slots", above=0)
+    clip_norm: float = setting(1.0, "L2 bound C of one record's gradient over all trained slots", at_least=1e-6)
     mechanism: Literal["gaussian"] = setting("gaussian", "noise on the clipped sum")
     accountant: Literal["pld", "rdp"] = setting("pld", "pld is tight; rdp is a fast upper bound")
     prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0)
@@ -144,7 +144,7 @@ class EngineConfig(_Section, section="engine"):
 @dataclass(frozen=True, kw_only=True)
 class RunSection(_Section, section="run"):
     seed: int = setting(0, "public: frozen A, partition, random head", at_least=0)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     transport: Literal["cohort", "flower"] = setting("cohort", "cohort: in this process | flower: simulation engine")
     evaluate_every: int = setting(1, "rounds between evaluations on public validation data", at_least=1)
     out: str = setting("", "run folder; empty: runs/<task>-<method>-<time>")

@@ -32,26 +32,16 @@ def _stream_key(root: bytes, path: tuple[PathPart, ...]) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Streams:
     """Named generators under one root; `PublicSeed` and `SecretRoot` say which kind of root it is."""
 
     root: bytes = field(repr=False)
 
     def numpy(self, *path: PathPart) -> np.random.Generator:
-        """A NumPy generator for the stream `path`, keyed with all 256 bits of its key."""
-        key = np.frombuffer(_stream_key(self.root, path), dtype=np.uint32)
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key.tolist())))
-
-    def torch(self, *path: PathPart, device: str | torch.device = "cpu") -> torch.Generator:
-        """A torch generator for the stream `path`.
-
-        torch accepts 64 bits of seed, so a torch stream has 64 bits of key, not 256.
-        """
-        import torch
-
-        key = int.from_bytes(_stream_key(self.root, path)[:8], "big", signed=True)
-        return torch.Generator(device=device).manual_seed(key)
+        """A NumPy generator for the stream `path`: Philox under a key of 128 bits."""
+        key = int.from_bytes(_stream_key(self.root, path)[:16], "little")
+        return np.random.Generator(np.random.Philox(key=key))
 
 
 class PublicSeed(_Streams):
@@ -61,9 +51,22 @@ class PublicSeed(_Streams):
     def from_int(cls, seed: int) -> PublicSeed:
         return cls(hashlib.sha256(f"fedlora public seed {seed}".encode()).digest())
 
+    def torch(self, *path: PathPart, device: str | torch.device = "cpu") -> torch.Generator:
+        """A torch generator for the stream `path`; for public values only.
 
+        torch's CPU generator uses 32 bits of its seed, which anyone can search through. A secret never comes from it.
+        """
+        import torch
+
+        key = int.from_bytes(_stream_key(self.root, path)[:8], "big", signed=True)
+        return torch.Generator(device=device).manual_seed(key)
+
+
+@dataclass(frozen=True)
 class SecretRoot(_Streams):
-    """Streams that only their owner can reproduce."""
+    """Streams that only their owner can reproduce, unless `is_seeded`."""
+
+    is_seeded: bool = False
 
     @classmethod
     def from_os(cls) -> SecretRoot:
@@ -72,4 +75,4 @@ class SecretRoot(_Streams):
     @classmethod
     def seeded(cls, seed: int) -> SecretRoot:
         """Reproducible noise for research. NOT private: every record of such a run says `noise_seeded`."""
-        return cls(hashlib.sha256(f"fedlora seeded noise {seed}".encode()).digest())
+        return cls(hashlib.sha256(f"fedlora seeded noise {seed}".encode()).digest(), is_seeded=True)

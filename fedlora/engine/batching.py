@@ -1,6 +1,6 @@
 """Micro-batches inside one logical batch: sorted by length, so that little is padding.
 
-Only the order of a sum changes, so the guarantee does not; sorting across logical batches would break Poisson sampling.
+Only the order of a sum and its rounding change; sorting across logical batches would break Poisson sampling.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class _LoraLinear(nn.Module):
         self.base, self.scale = base, scale
         self.register_buffer("factor", factor.to(base.weight), persistent=False)
         self.lora_b = nn.Linear(factor.shape[0], base.out_features, bias=False, device=base.weight.device)
+        nn.init.zeros_(self.lora_b.weight)  # the base model, until a vector is loaded
 
     def forward(self, x: Tensor) -> Tensor:
         inner = (x @ self.factor.T).float()  # type: ignore[operator]

@@ -32,7 +32,7 @@ class TrainingJob:
     """Positions of the client's records in the data set given to `train`, int64 [n]."""
     phase: PhasePlan
     sampling: np.random.Generator = field(repr=False)
-    noise: torch.Generator = field(repr=False)
+    noise: np.random.Generator = field(repr=False)
     optimizer_state: OptimizerState | None = None
     """State of the local optimiser to start from; None starts afresh."""
 

@@ -142,6 +142,10 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def asked_file(self) -> Path:
+        return self.path / "asked"
+
+    @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
@@ -156,6 +160,17 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def mark_asked(self, index: int) -> None:
+        """Round `index` is about to be asked for; durable before anyone is."""
+        _replace(self.asked_file, f"{index}\n".encode())
+
+    def last_asked(self) -> int:
+        """The round that was asked for last, -1 where none was."""
+        try:
+            return int(self.asked_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return -1
+
     def read_rounds(self) -> list[dict[str, Any]]:
         """Rounds so far; a last line cut off by a crash is left out."""
         rounds = []
@@ -167,20 +182,26 @@ class RunFolder:
                     break
         return rounds
 
-    def keep_rounds_before(self, index: int) -> None:
-        """Drop a round that was reported but not checkpointed: a resumed run does it again.
+    def restore_rounds(self, count: int, last: Mapping[str, Any] | None) -> None:
+        """Bring the rounds in line with a checkpoint, which is written before a round's line is.
+
+        Args:
+            count: whole rounds that the checkpoint knows.
+            last: report of the last of them, added where a stop came before its line was written.
 
         Raises:
-            RunFolderError: the rounds are not those of a run that has come to round `index`: a lost checkpoint, say,
-                whose rounds are spent and would be spent again.
+            RunFolderError: the rounds are not those of the checkpoint: one of the files is lost or damaged, and rounds
+                that are spent would be spent again.
         """
         rounds = self.read_rounds()
-        if [line["round"] for line in rounds] not in ([*range(index)], [*range(index + 1)]):
+        if last is not None and last["round"] not in (line["round"] for line in rounds):
+            rounds.append(dict(last))
+        if len(rounds) != count:
             raise RunFolderError(
                 f"cannot resume {self.path}: {self.rounds_file.name} has {len(rounds)} readable rounds, the checkpoint "
-                f"{index}; a file is lost or damaged: start the run anew"
+                f"{count}; a file is lost or damaged: start the run anew"
             )
-        _replace(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds[:index]).encode())
+        _replace(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds).encode())
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         _replace(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
@@ -196,7 +217,10 @@ def _unused(config: RunConfig) -> Path:
 def _replace(path: Path, content: bytes) -> None:
     """A kill leaves the old file or the new one, whole."""
     partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

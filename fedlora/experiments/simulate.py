@@ -17,13 +17,21 @@ from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
 from fedlora.experiments.plots import plot_curve
 from fedlora.experiments.record import make_record
-from fedlora.experiments.run_folder import RunFolder
+from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.schedule import make_schedule
-from fedlora.federation.server import Reply, RoundReport, Server, ServerState, Transport, initial_state
+from fedlora.federation.server import (
+    Reply,
+    RoundReport,
+    Server,
+    ServerState,
+    Transport,
+    charged,
+    initial_state,
+)
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import (
     Workbench,
@@ -32,6 +40,7 @@ from fedlora.federation.workbench import (
     load_simulated_data,
     make_sites,
 )
+from fedlora.privacy.plan import PROTOTYPE
 from fedlora.privacy.units import Guarantee
 from fedlora.randomness import PublicSeed
 
@@ -145,14 +154,23 @@ def _run_rounds(
     clock = time.perf_counter()
     state = _state_to_go_on_from(config, folder, workbench, sites)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
+    if not sites:
+        _give_up_asked_round(folder, workbench, state)
     progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
 
     def on_round(report: RoundReport, state: ServerState) -> None:
-        folder.append_round(asdict(report))
-        save_checkpoint(folder.checkpoint_file, state, sites)
+        state.last_report, state.rounds_done = to_json(asdict(report)), state.rounds_done + 1
+        save_checkpoint(folder.checkpoint_file, state, sites)  # first: what is shown of a round must not happen again
+        folder.append_round(state.last_report)
         progress.round(report)
 
-    server = Server(workbench=workbench, transport=transport, evaluate=evaluator, on_round=on_round)
+    server = Server(
+        workbench=workbench,
+        transport=transport,
+        evaluate=evaluator,
+        on_round=on_round,
+        before_round=lambda entry: folder.mark_asked(entry.index),
+    )
     state = server.run(state)
     _finish(config, folder, workbench, evaluator, state, earlier + time.perf_counter() - clock)
 
@@ -170,8 +188,29 @@ def _state_to_go_on_from(
             f"cannot resume {folder.path}: its config.toml is not the one that the run began with; "
             "put the original back, or start a new run"
         )
-    folder.keep_rounds_before(state.next_round)
+    folder.restore_rounds(state.rounds_done, state.last_report)
     return state
+
+
+def _give_up_asked_round(folder: RunFolder, workbench: Workbench, state: ServerState) -> None:
+    """Charge and skip a round that sites elsewhere were asked for and whose end this side did not record.
+
+    They may have released it; asked again they would release it twice. Sites in this process died with it, and what
+    they released was seen by nobody.
+
+    Raises:
+        RunFolderError: it was the prototype release, without which there is nothing to go on with.
+    """
+    asked = folder.last_asked()
+    if asked < state.next_round:
+        return
+    entry = workbench.schedule[asked]
+    if entry.phase == PROTOTYPE:
+        raise RunFolderError(
+            f"cannot resume {folder.path}: it stopped while the sites released their prototypes; start the run anew"
+        )
+    state.facts |= {client: charged(client, entry, workbench, state.facts.get(client)) for client in entry.clients}
+    state.next_round = asked + 1
 
 
 def _finish(
@@ -217,7 +256,8 @@ def _finish(
             execution=workbench.execution.describe(),
         )
     )
-    folder.checkpoint_file.unlink(missing_ok=True)
+    for file in (folder.checkpoint_file, folder.asked_file):
+        file.unlink(missing_ok=True)
 
 
 def worst_guarantee(config: RunConfig, state: ServerState) -> Guarantee:

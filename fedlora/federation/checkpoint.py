@@ -42,6 +42,8 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         "facts": {str(client): known for client, known in state.facts.items()},
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
+        "rounds_done": state.rounds_done,
+        "last_report": state.last_report,
         "fingerprints": {str(site.client): site.fingerprint for site in sites},
     }
     partial = path.with_suffix(".partial")
@@ -85,6 +87,8 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         facts={int(client): known for client, known in facts["facts"].items()},
         bytes_up=facts["bytes_up"],
         bytes_down=facts["bytes_down"],
+        rounds_done=facts["rounds_done"],
+        last_report=facts["last_report"],
     )
 
 

@@ -18,6 +18,10 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.plan import PROTOTYPE
 
+LARGEST_VALUE = 10.0
+"""Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
+the range of trained values a hostile theta can magnify that beyond the clip norm."""
+
 
 @dataclass(kw_only=True)
 class Cohort:
@@ -46,6 +50,8 @@ class Cohort:
                 f"instruction's theta has shape {tuple(theta.shape)} and dtype {theta.dtype} or is not finite; "
                 f"wanted {self.workbench.layout.size} finite numbers of float32"
             )
+        if theta.abs().max() > LARGEST_VALUE:
+            raise ProtocolError(f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, which no training reaches")
         for site in self.sites:
             site.scheduled(instruction)  # one refusal, and no site has spent its round
         if instruction.head is not None:
@@ -80,7 +86,7 @@ class Cohort:
                 records=site.records,
                 phase=site.plan[instruction.phase],
                 sampling=site.secret.numpy("sampling", site.client, index),
-                noise=site.secret.torch("noise", site.client, index, device=device),
+                noise=site.secret.numpy("noise", site.client, index),
                 optimizer_state=site.optimizer_state,
             )
             for site in self.sites
@@ -107,6 +113,6 @@ class Cohort:
         for site in self.sites:
             phase = site.plan[instruction.phase]
             total = class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
-            noise = site.secret.torch("noise", site.client, entry.index, device=bench.execution.device)
+            noise = site.secret.numpy("noise", site.client, entry.index)
             released.append(phase.mechanism.privatize(total, sensitivity=phase.sensitivity, generator=noise).cpu())
         return released

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from fedlora.federation.aggregation import uniform_mean
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.workbench import Workbench
-from fedlora.privacy.plan import PROTOTYPE
+from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy.plan import FINETUNE, PROTOTYPE
 
 Metrics = Mapping[str, float]
 Reply = ClientUpdate | ClientFailure
@@ -41,6 +42,10 @@ class ServerState:
     """The latest public facts of each client."""
     bytes_up: int = 0
     bytes_down: int = 0
+    rounds_done: int = 0
+    """Whole rounds; fewer than `next_round` where some were given up."""
+    last_report: dict[str, Any] | None = None
+    """Of the last whole round, as written for people to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class RoundReport:
     metric: float | None
     metrics: Metrics
     epsilon_max: float
+    noise_seeded: bool
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -70,6 +76,8 @@ class Server:
     """Metrics of a global theta [P] on public validation data; the first is the headline."""
     on_round: Callable[[RoundReport, ServerState], None]
     """Called after every round with its report and the state to go on from."""
+    before_round: Callable[[ScheduledRound], None] = lambda entry: None
+    """Called before anyone is asked to do the round."""
 
     def run(self, state: ServerState) -> ServerState:
         """All rounds from `state.next_round` on.
@@ -84,6 +92,7 @@ class Server:
         return state
 
     def _round(self, entry: ScheduledRound, state: ServerState) -> RoundReport:
+        self.before_round(entry)
         start = time.perf_counter()
         layout = self.workbench.payload_layout(entry.phase)
         instruction = RoundInstruction(
@@ -101,7 +110,7 @@ class Server:
                 f"({', '.join(sorted(set(failures.values())))}); the clients' own logs say why"
             )
         self._apply(entry, state, uniform_mean(updates))
-        state.facts.update({update.client: update.facts for update in updates})
+        state.facts |= self._facts(entry, state, {update.client: update.facts for update in updates})
         up = sum(update.vector.nbytes for update in updates)
         down = instruction.num_bytes * len(entry.clients)
         state.bytes_up, state.bytes_down, state.next_round = (
@@ -116,13 +125,21 @@ class Server:
             metric=next(iter(metrics.values()), None),
             metrics=metrics,
             epsilon_max=max(facts["epsilon"] for facts in state.facts.values()),
+            noise_seeded=self.workbench.config.privacy.seeded_noise,
             bytes_up=up,
             bytes_down=down,
-            seconds=time.perf_counter() - start,
+            seconds=round(time.perf_counter() - start, 1),
             clients_ok=len(updates),
             clients_failed=len(failures),
             failures=failures,
         )
+
+    def _facts(self, entry: ScheduledRound, state: ServerState, answered: Mapping[int, Facts]) -> dict[int, Facts]:
+        """Facts of every client asked in `entry`. Who did not answer may still have released, and is charged for it."""
+        return {
+            client: answered.get(client) or charged(client, entry, self.workbench, state.facts.get(client))
+            for client in entry.clients
+        }
 
     def _sort(
         self, replies: list[Reply], instruction: RoundInstruction, entry: ScheduledRound
@@ -161,3 +178,22 @@ class Server:
 
 def initial_state(workbench: Workbench, run_id: str) -> ServerState:
     return ServerState(run_id=run_id, theta=workbench.initial_theta().to("cpu", torch.float32))
+
+
+def charged(client: int, entry: ScheduledRound, workbench: Workbench, known: Facts | None) -> Facts:
+    """Facts of a silent client as if it had done all rounds up to `entry`; the asked ε where it never said its own."""
+    config = workbench.config
+    done = [past for past in workbench.schedule[: entry.index + 1] if client in past.clients]
+    steps: dict[str, int] = {}
+    for past in done:
+        steps[past.phase] = steps.get(past.phase, 0) + past.num_steps
+    if known is None or "phases" not in known:
+        bound = {"epsilon": config.privacy.epsilon, "delta": config.privacy.delta}
+        return {"client": client, "accountant": config.privacy.accountant, "num_steps": steps.get(FINETUNE, 0)} | bound
+    phases = [{**phase, "num_steps": steps.get(phase["name"], 0)} for phase in known["phases"]]
+    charges = [
+        Charge(phase["sampling_probability"], phase["effective_noise_multiplier"], phase["num_steps"])
+        for phase in phases
+    ]
+    spent = epsilon(charges, known["delta"], known["accountant"])
+    return {**known, "phases": phases, "num_steps": steps.get(FINETUNE, 0), "epsilon": spent}

@@ -63,7 +63,8 @@ class Site:
         done = [past for past in self.schedule if past.index <= entry.index]
         steps = {phase.name: sum(p.num_steps for p in done if p.phase == phase.name) for phase in self.plan.phases}
         facts = self.plan.describe(steps, spent=self._epsilon_after[entry.index])
-        return {"client": self.client, "num_examples": len(self.records)} | facts
+        own = {"client": self.client, "num_examples": len(self.records), "noise_seeded": self.secret.is_seeded}
+        return own | facts
 
     @cached_property
     def _epsilon_after(self) -> dict[int, float]:

@@ -43,6 +43,7 @@ _PHASE_FACTS = {
 _FACTS = {
     "client": int,
     "num_examples": int,
+    "noise_seeded": bool,
     "unit": str,
     "relation": str,
     "delta": float,
@@ -167,6 +168,7 @@ def _check(fields: Any, wanted: Mapping[str, type]) -> None:
         usable = {
             int: whole,
             float: whole or number,
+            bool: type(value) is bool,
             str: type(value) is str and len(value) <= MAX_TEXT,
             list: type(value) is list,
         }

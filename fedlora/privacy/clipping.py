@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 AUTOMATIC_STABILITY = 0.01  # gamma of AUTO-S
+_LARGEST_NORM = 1e30  # beyond, factors would be too small for float32 to hold exactly: such a record counts as zero
+_ROUNDING = 1 - 1e-6  # scaling and summing in float32 must not lift a record above clip_norm
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,19 @@ class Clipping:
     tune (Bu et al. 2023, AUTO-S, with its output scaled from 1 to C).
 
     Guarantees: adding or removing one record moves the clipped sum by at most `clip_norm`; a record whose gradient is
-    not finite contributes exactly zero.
+    not finite, or of a norm above 1e30, contributes exactly zero.
     """
 
     kind: Literal["flat", "automatic"]
     clip_norm: float
 
     def weights(self, norms: Tensor) -> Tensor:
-        """Factor in [0, C/|g|] for each of `norms` [N]; 0 where the norm is not finite."""
+        """Factor in [0, C/|g|] for each of `norms` [N] float64; 0 where the norm is not finite or above 1e30."""
         if self.kind == "flat":
             factor = (self.clip_norm / norms).clamp(max=1.0)
         else:
             factor = self.clip_norm / (norms + AUTOMATIC_STABILITY)
-        return torch.where(torch.isfinite(norms), factor, torch.zeros_like(norms))
+        return torch.where(norms < _LARGEST_NORM, factor * _ROUNDING, torch.zeros_like(norms))
 
     def add_clipped(self, total: Tensor, gradients: Sequence[Tensor], owner: Tensor) -> None:
         """Add every record's clipped gradient to its owner's row of `total`.
@@ -46,13 +48,16 @@ class Clipping:
                 zeroed in place.
             owner: [N] int64, the row of `total` that each record belongs to.
         """
-        norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in gradients]).norm(dim=0)
-        bad = ~torch.isfinite(norms)
+        # float64: a float32 norm of many small numbers beside a large one comes out up to 0.1 % too small.
+        norms = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in gradients]).norm(
+            dim=0
+        )
+        bad = ~(norms < _LARGEST_NORM)  # nan and inf too
         if bad.any():
             for part in gradients:
                 part[bad] = 0.0  # 0 * nan is nan: a zero weight alone would not silence the row
         weighted_owner = torch.zeros(len(total), len(owner), device=total.device)
-        weighted_owner[owner, torch.arange(len(owner), device=owner.device)] = self.weights(norms)
+        weighted_owner[owner, torch.arange(len(owner), device=owner.device)] = self.weights(norms).float()
         offset = 0
         for part in gradients:
             total[:, offset : offset + part.shape[1]].addmm_(weighted_owner, part)

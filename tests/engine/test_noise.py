@@ -36,7 +36,7 @@ class Sabotaged(GaussianMechanism):
 
     factor: float = 1.0
 
-    def privatize(self, total: Tensor, *, sensitivity: float, generator: torch.Generator) -> Tensor:
+    def privatize(self, total: Tensor, *, sensitivity: float, generator: np.random.Generator) -> Tensor:
         return super().privatize(total, sensitivity=self.factor * sensitivity, generator=generator)
 
 
@@ -77,7 +77,7 @@ def make_jobs(phase: PhasePlan, round_index: int = 0) -> list[TrainingJob]:
             records=np.arange(5 * client, 5 * client + 5),
             phase=phase,
             sampling=SecretRoot.seeded(7).numpy("sampling", client, round_index),
-            noise=SecretRoot.seeded(7).torch("noise", client, round_index),
+            noise=SecretRoot.seeded(7).numpy("noise", client, round_index),
         )
         for client in range(CLIENTS)
     ]
@@ -173,7 +173,7 @@ def test_noise_is_independent_between_clients_steps_rounds_and_slots(
 
 def test_one_stream_for_two_clients_would_be_caught(silent_bench: Workbench, dataset: Any, make_phase: Any) -> None:
     jobs = make_jobs(make_phase(0.8, SIGMA, CLIP))
-    jobs[1].noise = SecretRoot.seeded(7).torch("noise", 0, 0)
+    jobs[1].noise = SecretRoot.seeded(7).numpy("noise", 0, 0)
     rows = train(
         silent_bench.backend,
         dataset,
@@ -197,10 +197,10 @@ def test_noise_is_drawn_once_per_logical_step_however_many_micro_batches(
     settings: dict[str, Any] = {"num_steps": 2, "learning_rate": 1.0, "training": TRAINING}
     moved = train(backend, backend.dataset, [job], torch.zeros(30), token_budget=token_budget, **settings)[0].theta
     assert len(backend.asked) == {1: 24, 16: 2, 10_000: 2}[token_budget]
-    stream = SecretRoot.seeded(7).torch("noise", 0, 0)
-    noise = sum(torch.empty(30).normal_(generator=stream) for _ in range(2))
+    stream = SecretRoot.seeded(7).numpy("noise", 0, 0)
+    noise = sum(torch.from_numpy(stream.standard_normal(30)).float() for _ in range(2))
     assert torch.allclose(moved, -SIGMA * CLIP / BATCH * noise, atol=1e-6)
-    assert torch.equal(stream.get_state(), job.noise.get_state())
+    assert stream.random() == job.noise.random()
 
 
 # ------------------------------------------------------------------------------------------------- prototype release
@@ -213,7 +213,7 @@ def prototype_releases(bench: Workbench, dataset: Any, phase: PhasePlan, rounds:
     return torch.stack(
         [
             phase.mechanism.privatize(
-                exact, sensitivity=phase.sensitivity, generator=SecretRoot.seeded(1).torch("noise", 0, index)
+                exact, sensitivity=phase.sensitivity, generator=SecretRoot.seeded(1).numpy("noise", 0, index)
             )
             - exact
             for index in range(rounds)

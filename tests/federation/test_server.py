@@ -235,3 +235,27 @@ def test_learning_really_happens_without_noise(make_federation: Any) -> None:
     before = loss(state.theta)
     federation.server().run(state)
     assert loss(state.theta) < 0.6 * before
+
+
+def test_a_client_whose_answers_never_arrive_is_charged_all_the_same(make_federation: Any) -> None:
+    """It may have released what got lost: the worst case is that it did, every time."""
+    federation = make_federation("federation.rounds=2")
+    known, _ = run(federation)
+    lost = make_federation("federation.rounds=2")
+    late = Tampering(lost, lambda update: [], at=1)
+    state, reports = run(lost, late)
+    assert state.facts[1]["num_steps"] == known.facts[1]["num_steps"]
+    assert state.facts[1]["epsilon"] == pytest.approx(known.facts[1]["epsilon"], rel=1e-3)
+    assert reports[-1].epsilon_max == pytest.approx(max(f["epsilon"] for f in known.facts.values()), rel=1e-3)
+
+
+def test_a_client_that_never_said_a_word_is_charged_what_was_asked(make_federation: Any) -> None:
+    federation = make_federation("federation.rounds=1")
+
+    class Silent(Tampering):
+        def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
+            return [reply for reply in self.federation.exchange(instruction, clients) if reply.client != 1]
+
+    state, reports = run(federation, Silent(federation))
+    assert state.facts[1]["epsilon"] == federation.workbench.config.privacy.epsilon
+    assert reports[-1].epsilon_max == federation.workbench.config.privacy.epsilon

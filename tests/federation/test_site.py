@@ -193,6 +193,7 @@ def test_public_facts_are_those_of_the_contract_and_no_more(make_federation: Any
     assert set(update.facts) == {
         "client",
         "num_examples",
+        "noise_seeded",
         "unit",
         "relation",
         "delta",

@@ -18,13 +18,13 @@ P, RELEASES = 12, 20_000
 def release(
     mechanism: GaussianMechanism, total: torch.Tensor, *, sensitivity: float = 1.5, stream: int = 0
 ) -> torch.Tensor:
-    return mechanism.privatize(total, sensitivity=sensitivity, generator=SecretRoot.seeded(0).torch("noise", stream))
+    return mechanism.privatize(total, sensitivity=sensitivity, generator=SecretRoot.seeded(0).numpy("noise", stream))
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=repr)
 def test_no_direction_gets_less_noise_than_the_effective_multiplier_says(mechanism: GaussianMechanism) -> None:
     """Along each eigenvector of the released noise: its variance over (σ C)² is chi-square, false alarms 1e-6."""
-    generator = SecretRoot.seeded(1).torch("noise")
+    generator = SecretRoot.seeded(1).numpy("noise")
     draws = torch.stack(
         [mechanism.privatize(torch.zeros(P), sensitivity=1.5, generator=generator) for _ in range(RELEASES)]
     ).double()
@@ -67,3 +67,17 @@ def test_without_noise_the_sum_is_released_as_it_is() -> None:
     total = torch.ones(P)
     assert torch.equal(release(GaussianMechanism(0.0), total), total)
     assert GaussianMechanism(0.0).effective_noise_multiplier == 0.0
+
+
+class _FarOut:
+    """A generator that draws what float32 normals of torch never reach."""
+
+    def standard_normal(self, count: int) -> np.ndarray:
+        return np.full(count, 9.0)
+
+
+def test_noise_is_not_cut_off() -> None:
+    """torch's float32 normals end at 5.77 standard deviations: outcomes that only one neighbour can produce cost δ."""
+    released = GaussianMechanism(2.0).privatize(torch.ones(3), sensitivity=0.5, generator=_FarOut())  # type: ignore[arg-type]
+    assert released.tolist() == [10.0, 10.0, 10.0]
+    assert released.dtype == torch.float32

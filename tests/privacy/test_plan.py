@@ -131,7 +131,7 @@ def test_training_on_a_plan_samples_with_expected_batch_size_over_n(table_backen
         records=np.arange(N),
         phase=plan[FINETUNE],
         sampling=SecretRoot.seeded(0).numpy("sampling"),
-        noise=SecretRoot.seeded(0).torch("noise"),
+        noise=SecretRoot.seeded(0).numpy("noise"),
     )
     train(
         backend,

@@ -131,7 +131,7 @@ def batches_of(table_backend: Any, phase: Any, parts: list[np.ndarray], num_step
             records=part,
             phase=phase,
             sampling=SecretRoot.seeded(3).numpy("sampling", client),
-            noise=SecretRoot.seeded(3).torch("noise", client),
+            noise=SecretRoot.seeded(3).numpy("noise", client),
         )
         for client, part in enumerate(parts)
     ]
