@@ -26,6 +26,7 @@ def report(**changes: Any) -> RoundReport:
         "metric": 0.8125,
         "metrics": {"accuracy": 0.8125},
         "epsilon_max": 2.00001,
+        "noise_seeded": False,
         "bytes_up": 442_368,
         "bytes_down": 451_600_000,
         "seconds": 5.43,

@@ -90,33 +90,46 @@ def test_rounds_read_back_without_the_line_that_a_crash_cut_off(config: RunConfi
     whole = folder.rounds_file.read_text()
     folder.rounds_file.write_text(whole + '{"round": 3, "eps')
     assert folder.read_rounds() == [report(number) for number in range(3)]
-    folder.keep_rounds_before(3)
+    folder.restore_rounds(3, report(2))
     assert folder.rounds_file.read_text() == whole
 
 
-@pytest.mark.parametrize(("reported", "checkpointed"), [(0, 0), (1, 0), (3, 3), (4, 3)])
-def test_a_round_without_checkpoint_is_dropped(config: RunConfig, reported: int, checkpointed: int) -> None:
-    folder = RunFolder.create(config)
-    for number in range(reported):
-        folder.append_round(report(number))
-    folder.keep_rounds_before(checkpointed)
-    assert [entry["round"] for entry in folder.read_rounds()] == list(range(checkpointed))
-
-
 @pytest.mark.parametrize(
-    ("rounds", "checkpointed"), [([0, 1], 0), ([0, 1], 3), ([0, 2], 2), ([0, 0, 1], 2), ([1], 0), ([0, 1, 2, 3], 2)]
+    ("written", "count", "last"),
+    [([], 0, None), ([0, 1, 2], 3, 2), ([0, 1], 3, 2), ([], 1, 0), ([0, 2], 3, 3)],
+    ids=["new run", "in line", "stopped before the line", "stopped before the first line", "a round was given up"],
 )
+def test_rounds_are_brought_in_line_with_the_checkpoint(
+    config: RunConfig, written: list[int], count: int, last: int | None
+) -> None:
+    folder = RunFolder.create(config)
+    for number in written:
+        folder.append_round(report(number))
+    folder.restore_rounds(count, None if last is None else report(last))
+    wanted = written if last is None or last in written else [*written, last]
+    assert [entry["round"] for entry in folder.read_rounds()] == wanted
+
+
+@pytest.mark.parametrize(("written", "count", "last"), [([0, 1], 0, None), ([0, 1], 4, 3), ([0, 1, 2, 3], 2, 1)])
 def test_rounds_that_do_not_fit_the_checkpoint_are_refused_and_kept(
-    config: RunConfig, rounds: list[int], checkpointed: int
+    config: RunConfig, written: list[int], count: int, last: int | None
 ) -> None:
     """With its checkpoint lost, a run would spend on its records again what the record counts once."""
     folder = RunFolder.create(config)
-    for number in rounds:
+    for number in written:
         folder.append_round(report(number))
     before = folder.rounds_file.read_bytes()
     with pytest.raises(RunFolderError, match="lost or damaged"):
-        folder.keep_rounds_before(checkpointed)
+        folder.restore_rounds(count, None if last is None else report(last))
     assert folder.rounds_file.read_bytes() == before
+
+
+def test_the_round_that_was_asked_for_is_remembered(config: RunConfig) -> None:
+    folder = RunFolder.create(config)
+    assert folder.last_asked() == -1
+    folder.mark_asked(0)
+    folder.mark_asked(1)
+    assert folder.last_asked() == 1
 
 
 def test_infinity_is_text_in_json(config: RunConfig) -> None:
