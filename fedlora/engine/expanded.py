@@ -89,7 +89,7 @@ class ExpandedBackend:
         self._places = [(adapted[path], suffix) for path, _, suffix in (s.name.rpartition("/") for s in layout.slots)]
 
     def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
-        leaves = [self.layout.view(theta, slot)[owner].requires_grad_() for slot in self.layout.slots]
+        leaves = [_copies(self.layout.view(theta, slot), owner).requires_grad_() for slot in self.layout.slots]
         loss = record_losses(self._forward(leaves, batch), labels).sum()
         return [gradient.flatten(1) for gradient in torch.autograd.grad(loss, leaves)]
 
@@ -106,6 +106,11 @@ class ExpandedBackend:
         finally:
             for module, _ in self._places:
                 module.expanded.clear()  # a stale leaf must never serve another batch
+
+
+def _copies(rows: Tensor, owner: Tensor) -> Tensor:
+    """Each record's copy of its client's row, [N, *shape]; of a single client's, the same memory N times."""
+    return rows.expand(len(owner), *rows.shape[1:]) if len(rows) == 1 else rows[owner]
 
 
 def _separate_shared_inputs(classifier: Classifier, adapted: Mapping[str, Any]) -> None:

@@ -154,7 +154,7 @@ def _run_rounds(
     clock = time.perf_counter()
     state = _state_to_go_on_from(config, folder, workbench, sites)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
-    if not sites:
+    if not sites and config.private and not config.privacy.seeded_noise:
         _give_up_asked_round(folder, workbench, state)
     progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
 

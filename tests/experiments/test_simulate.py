@@ -331,3 +331,48 @@ def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: Make
     resume(folder.path, Silent())
     assert [entry["round"] for entry in folder.read_rounds()] == list(range(61))
     assert result(folder.path)[:2] == result(whole)[:2]
+
+
+class _Elsewhere:
+    """Sites in another process: they answer, and the server dies before it has written anything down."""
+
+    def __init__(self, config: RunConfig, dies_at: int | None) -> None:
+        self.inner, _ = module._prepare(config)
+        self.dies_at = dies_at
+        self.asked: list[int] = []
+
+    def exchange(self, instruction: Any, clients: tuple[int, ...]) -> Any:
+        self.asked.append(instruction.round_index)
+        replies = self.inner.exchange(instruction, clients)
+        if instruction.round_index == self.dies_at:
+            raise Killed
+        return replies
+
+
+def _serve(config: RunConfig, folder: RunFolder, dies_at: int | None) -> _Elsewhere:
+    transport = _Elsewhere(config, dies_at)
+    module.run_server(config, folder, transport.inner.workbench, transport, (), Silent())
+    return transport
+
+
+def test_a_round_that_sites_elsewhere_may_have_released_is_charged_and_not_asked_for_again(make_run: MakeRun) -> None:
+    """Asked again they would release it with other noise: two releases, and one in the record."""
+    config = make_run("privacy.seeded_noise=false", "federation.participation=1.0", "training.keep_state=false")
+    folder = RunFolder.create(config)
+    with pytest.raises(Killed):
+        _serve(config, folder, dies_at=2)
+    asked = _serve(config, folder, dies_at=None).asked
+    assert asked == [3]
+    assert [entry["round"] for entry in folder.read_rounds()] == [0, 1, 3]
+    record = json.loads(folder.record_file.read_text())
+    assert {client["num_steps"] for client in record["clients"]} == {3 * config.federation.local_steps}
+    assert not folder.asked_file.exists()
+
+
+def test_a_run_that_died_in_its_prototype_release_starts_anew(make_run: MakeRun) -> None:
+    config = make_run("privacy.seeded_noise=false")
+    folder = RunFolder.create(config)
+    with pytest.raises(Killed):
+        _serve(config, folder, dies_at=0)
+    with pytest.raises(RunFolderError, match="released their prototypes"):
+        _serve(config, folder, dies_at=None)
