@@ -49,9 +49,15 @@ class TerminalProgress:
         console = self._bar.console
         console.print(
             f"{config.data.task} from {config.data.source}: {config.federation.clients} clients, "
-            f"{config.adapter.method} rank {config.adapter.rank}, "
-            f"{'ε = ∞ (not private)' if not config.private else f'ε ≤ {config.privacy.epsilon:g}'}"
+            f"{config.adapter.method} rank {config.adapter.rank}"
         )
+        asked = Guarantee(
+            epsilon=config.privacy.epsilon,
+            delta=config.privacy.delta,
+            accountant=config.privacy.accountant,
+            noise_seeded=config.privacy.seeded_noise,
+        )
+        console.print(f"asked: {asked}")
         if config.privacy.seeded_noise:
             console.print("noise seeded: NOT private, for reproducible research only", style="bold red")
         heads = {"round": "round", "phase": "phase", "metric": metric[:9], "epsilon": "ε spent"}

@@ -15,6 +15,7 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
+from fedlora.experiments.model_card import model_card
 from fedlora.experiments.plots import plot_curve
 from fedlora.experiments.record import make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
@@ -242,20 +243,25 @@ def _finish(
         title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
         guarantee=str(guarantee),
     )
-    metrics = rounds[-1]["metrics"]
-    folder.write_record(
-        make_record(
-            config,
-            started=folder.started,
-            wall_seconds=wall_seconds,
-            metric={"name": evaluator.headline, "value": rounds[-1]["metric"], "split": next(iter(evaluator.splits))},
-            metrics=metrics,
-            bytes_up=state.bytes_up,
-            bytes_down=state.bytes_down,
-            clients=[state.facts[client] for client in sorted(state.facts)],
-            execution=workbench.execution.describe(),
-        )
+    metrics = rounds[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
+    record = make_record(
+        config,
+        started=folder.started,
+        wall_seconds=wall_seconds,
+        metric={
+            "name": evaluator.headline,
+            "value": metrics[evaluator.headline],
+            "split": next(iter(evaluator.splits)),
+        },
+        metrics=metrics,
+        bytes_up=state.bytes_up,
+        bytes_down=state.bytes_down,
+        clients=[state.facts[client] for client in sorted(state.facts)],
+        execution=workbench.execution.describe(),
     )
+    card = folder.adapter_folder / "README.md"
+    card.write_text(model_card(record, guarantee), encoding="utf-8")
+    folder.write_record(record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
 

@@ -57,8 +57,9 @@ def watch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_gets_rows_and_no_control_codes(watch: Watch) -> None:
     out = watch()
     assert not CONTROL.search(out)
-    head, names, row = out.splitlines()
-    assert head == "sst2 from generated: 3 clients, ffa rank 8, ε ≤ 6"
+    head, asked, names, row = out.splitlines()
+    assert head == "sst2 from generated: 3 clients, ffa rank 8"
+    assert asked == "asked: ε = 6 at δ = 1e-05 for one record of one site (add/remove), by PLD accounting"
     assert names.split() == [
         "round",
         "phase",
@@ -99,7 +100,7 @@ def test_brackets_in_a_name_are_no_markup(watch: Watch) -> None:
 
 def test_seeded_noise_and_no_noise_are_called_not_private(watch: Watch) -> None:
     assert "NOT private" in watch("privacy.seeded_noise=true")
-    assert "ε = ∞ (not private)" in watch("privacy.epsilon=inf", epsilon_max=math.inf)
+    assert "no guarantee: ε = ∞" in watch("privacy.epsilon=inf", epsilon_max=math.inf)
 
 
 def record(**changes: Any) -> dict[str, Any]:

@@ -134,3 +134,13 @@ def test_the_code_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     before = code_digest()
     (tmp_path / "one.py").write_text("a = 2\n")
     assert code_digest() != before
+
+
+def test_the_adapter_is_never_without_its_guarantee(make_record: MakeRecord, tmp_path: Path) -> None:
+    record = make_record("privacy.accountant=rdp")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"at δ = {record['clients'][0]['delta']:g} for one record of one site (add/remove), by RDP" in card
+    assert f"{record['metric']['value']:.4f}" in card
+    assert "ε = ∞" not in card
+    make_record("privacy.epsilon=inf", "privacy.accountant=rdp", out="open")
+    assert "no guarantee: ε = ∞" in (tmp_path / "open" / "adapter" / "README.md").read_text()
