@@ -51,7 +51,10 @@ class Cohort:
                 f"wanted {self.workbench.layout.size} finite numbers of float32"
             )
         if theta.abs().max() > LARGEST_VALUE:
-            raise ProtocolError(f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, which no training reaches")
+            raise ProtocolError(
+                f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, wanted what sound training reaches; "
+                "lower training.learning_rate if this is your own run"
+            )
         for site in self.sites:
             site.scheduled(instruction)  # one refusal, and no site has spent its round
         if instruction.head is not None:

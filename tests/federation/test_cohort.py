@@ -181,3 +181,13 @@ def test_a_whole_run_leaves_global_random_state_untouched(
         federation = make_federation(*overrides)
         federation.server().run(federation.start())
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+
+
+def test_a_theta_far_outside_what_training_reaches_is_refused_and_spends_nothing(make_federation: Any) -> None:
+    """With huge values a hostile server could make one record's padding show in another's gradient."""
+    federation = make_federation()
+    instruction = federation.instruction(federation.workbench.schedule[0])
+    far = dataclasses.replace(instruction, theta=torch.full_like(instruction.theta, 11.0))
+    with pytest.raises(ProtocolError, match="beyond ±10"):
+        federation.exchange(far, EVERYONE)
+    assert federation.exchange(instruction, EVERYONE)
