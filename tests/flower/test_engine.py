@@ -45,7 +45,7 @@ class Launched:
 
     def wait(self) -> tuple[int, str]:
         try:
-            said, _ = self.process.communicate(timeout=150)
+            said, _ = self.process.communicate(timeout=400)  # minutes where two cores are shared
         finally:
             self.process.kill()
         return self.process.returncode, said
@@ -94,7 +94,7 @@ def make_run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., R
 def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     make_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = make_run("federation.rounds=12")
+    config = make_run("federation.rounds=6")
     folder = RunFolder.create(config)
     first = Launched(folder.path)
     end = time.monotonic() + 120
@@ -112,9 +112,9 @@ def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     code, said = second.wait()
     assert code == 0, said
     assert second.leftovers() == []
-    assert [entry["round"] for entry in folder.read_rounds()] == list(range(13))
+    assert [entry["round"] for entry in folder.read_rounds()] == list(range(7))
 
-    fused = simulate(make_run("federation.rounds=12", f"run.out='{tmp_path / 'cohort'}'"), Silent())
+    fused = simulate(make_run("federation.rounds=6", f"run.out='{tmp_path / 'cohort'}'"), Silent())
     ours, theirs = (load_file(next((path / "adapter").glob("adapter*.safetensors"))) for path in (folder.path, fused))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
