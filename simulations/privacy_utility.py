@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,8 +38,19 @@ def run_cell(recipe: Path, epsilon: str, seed: int, settings: list[str], threads
     command += [part for override in overrides for part in ("--set", override)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    shutil.move(folder / "record.json", record)
+    found = json.loads((folder / "record.json").read_text())
+    record.write_text(json.dumps(without_places(found), indent=2) + "\n")
     shutil.rmtree(folder)
+
+
+def without_places(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without this machine's folders; its config_digest stays that of the config that ran."""
+    config = record["config"]
+    source = "PATH_TO_GLUE" if config["data"]["source"] not in ("hub", "generated") else config["data"]["source"]
+    return {
+        **record,
+        "config": {**config, "data": {**config["data"], "source": source}, "run": {**config["run"], "out": ""}},
+    }
 
 
 def table(recipe: Path, epsilons: list[str]) -> str:
