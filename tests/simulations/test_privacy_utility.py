@@ -55,6 +55,9 @@ def test_a_cell_that_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch) 
     run_cell(RECIPE, "6", 0, [], 1)
 
 
+PLACES = {"data": {"source": "/home/me/glue", "task": "sst2"}, "run": {"out": "/home/me/run", "seed": 7}}
+
+
 def test_a_cell_is_one_run_of_which_the_record_stays(monkeypatch: pytest.MonkeyPatch, results: Path) -> None:
     asked: list[list[str]] = []
 
@@ -62,10 +65,13 @@ def test_a_cell_is_one_run_of_which_the_record_stays(monkeypatch: pytest.MonkeyP
         asked.append(command)
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir()
-        (folder / "record.json").write_text("{}")
+        (folder / "record.json").write_text(json.dumps({"config": PLACES, "metric": 1}))
 
     monkeypatch.setattr(privacy_utility.subprocess, "run", run)
     run_cell(RECIPE, "3", 7, ["data.source=there"], 1)
     assert [path for path in results.rglob("*") if path.is_file()] == [record_file(RECIPE, "3", 7)]
+    kept = json.loads(record_file(RECIPE, "3", 7).read_text())
+    assert "/home/me" not in str(kept), "a record that is published names no folder of this machine"
+    assert (kept["metric"], kept["config"]["data"]["task"], kept["config"]["run"]["seed"]) == (1, "sst2", 7)
     settings = [word for word, before in zip(asked[0][1:], asked[0], strict=False) if before == "--set"]
     assert settings == ["privacy.epsilon=3", "run.seed=7", "data.source=there"]
