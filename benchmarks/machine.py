@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fedlora.experiments.record import versions
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr", "ray", "numpy", "fedlora")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -25,8 +26,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
-        "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
     }
 
 
@@ -42,13 +42,3 @@ def _cpu() -> tuple[str, set[str]]:
         return platform.processor() or platform.machine(), set()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return facts.get("model name", platform.machine()), set(facts.get("flags", "").split())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -35,7 +35,7 @@ def conditions(machine: dict[str, Any]) -> str:
     return (
         f"`{machine['command']}` on {machine['date']}: {machine['cpu']} ({features}), {machine['cores']} cores, "
         f"{machine['threads']} threads used, load average {before} before and {after} after; "
-        f"Python {machine['python']}, {versions}."
+        f"{versions}."
     )
 
 
