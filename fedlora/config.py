@@ -2,19 +2,17 @@
 
     TOML file  ⇄  frozen dataclasses  ⇄  Flower's flat run_config ("privacy.epsilon" = 6.0)
 
-Every key has a default and the defaults are the quickstart. A key's type comes from its annotation, its range from
-`setting(...)`; unknown keys are errors that name the nearest known one. Knows no torch and starts fast.
+Every key has a default and the defaults are the quickstart; what is not a key is an error that names the nearest one.
+Knows no torch and starts fast.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,43 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedlora.errors import ConfigError
+from fedlora.schema import Section, require_known, setting, shown
 
 Scalar = bool | int | float | str
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A documented config field: `at_least <= value <= at_most` and `value > above`, where given."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
-
-
-class _Section:
-    """Checks every field of a section against its annotation and range when it is made."""
-
-    section: typing.ClassVar[str]
-
-    def __init_subclass__(cls, section: str) -> None:
-        cls.section = section
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = f"{self.section}.{spec.name}"
-            value = _coerce(name, getattr(self, spec.name), hints[spec.name])
-            _check_range(name, value, spec.metadata)
-            object.__setattr__(self, spec.name, value)
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section, section="model"):
+class ModelConfig(Section, section="model"):
     name: str = setting(
         "sentence-transformers/all-MiniLM-L6-v2",
         "local folder, installed weights package or hub id, looked up in that order",
@@ -77,7 +46,7 @@ class ModelConfig(_Section, section="model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(_Section, section="adapter"):
+class AdapterConfig(Section, section="adapter"):
     method: Literal["ffa"] = setting("ffa", "ffa: A frozen, only B is trained and sent")
     rank: int = setting(8, "inner dimension r of B A", at_least=1)
     alpha: float = setting(8.0, "the adapter's output is scaled by alpha / rank", above=0)
@@ -88,7 +57,7 @@ class AdapterConfig(_Section, section="adapter"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Section, section="data"):
+class DataConfig(Section, section="data"):
     task: Task = setting("sst2", "GLUE task: its columns, labels and official metric")
     source: str = setting("generated", '"hub", "generated", or a folder with one sub-folder per task')
     generated_records: int = setting(6000, "training records of the generated corpus", at_least=8)
@@ -97,25 +66,35 @@ class DataConfig(_Section, section="data"):
     label_skew: str = setting("severe", 'a preset, or rows by client of shares by label: "0.9,0.1; 0.1,0.9; 0.5,0.5"')
     partition_column: str = setting("", "column whose values name the client, for partition = column")
     max_length: int = setting(128, "tokens; longer inputs are cut", at_least=4)
+    heldout_share: float = setting(
+        0.1, "of a client's records, kept from training; only with federation.private_evaluation", above=0, at_most=0.9
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationConfig(_Section, section="federation"):
+class FederationConfig(Section, section="federation"):
     clients: int = setting(3, "number of clients", at_least=1)
     rounds: int = setting(10, "fine-tuning rounds", at_least=1)
     local_steps: int = setting(10, "private steps of a client in a round", at_least=1)
     participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
     weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
     server_optimizer: Literal["none"] = setting("none", "none: the mean is the next global state")
+    private_evaluation: bool = setting(
+        False, "after the last round each client releases a noised confusion matrix of its held-out records"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Section, section="training"):
+class TrainingConfig(Section, section="training"):
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = setting("sgd", "local optimiser")
     learning_rate: float = setting(8.0, "of the local optimiser", above=0)
     schedule: Literal["constant", "linear"] = setting(
         "linear", "of the learning rate over rounds; linear falls to zero after the last"
     )
+    noise_filter: Literal["none", "doppler", "disk", "james_stein"] = setting(
+        "none", "post-processing of each noised gradient: low-pass over steps | Kalman | shrinkage by slot"
+    )
+    filter_gain: float = setting(0.5, "share of the new gradient in what doppler and disk keep", above=0, at_most=1)
     momentum: float = setting(0.9, "of optimizer = momentum", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "of adamw (decoupled) and of the others (added to the gradient)", at_least=0)
     expected_batch_size: int = setting(128, "mean of the Poisson batch size, the public divisor", at_least=1)
@@ -123,26 +102,41 @@ class TrainingConfig(_Section, section="training"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(_Section, section="privacy"):
+class PrivacyConfig(Section, section="privacy"):
     unit: Literal["record"] = setting("record", "what is protected: one record of one site (add/remove)")
     epsilon: float = setting(6.0, "target for the whole run, per site; inf is an explicit non-private run", above=0)
     delta: float = setting(1e-5, "must be below 1/n of every site", above=0, at_most=0.5)
     clipping: Literal["flat", "automatic"] = setting("flat", "flat: min(1, C/|g|) | automatic: C/(|g| + 0.01)")
     clip_norm: float = setting(1.0, "L2 bound C of one record's gradient over all trained slots", at_least=1e-6)
-    mechanism: Literal["gaussian"] = setting("gaussian", "noise on the clipped sum")
+    mechanism: Literal["gaussian", "gredp"] = setting("gaussian", "noise on the clipped sum, or on its spectrum")
+    gredp_noise: Literal["complex", "complex_half", "real"] = setting(
+        "complex", "noise on a coefficient: both parts | both at half the variance | the real part only (unsound)"
+    )
+    gredp_over: Literal["slot", "flat"] = setting("slot", "what GReDP transforms: each slot, or the whole vector")
+    low_pass: float = setting(
+        1.0,
+        "share of each slot's frequencies that a record's gradient keeps before clipping; 1: all",
+        above=0,
+        at_most=1,
+    )
     accountant: Literal["pld", "rdp"] = setting("pld", "pld is tight; rdp is a fast upper bound")
     prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0)
+    evaluation_noise_multiplier: float = setting(10.0, "noise of the one release of evaluation counts", above=0)
+    allow_unsound: bool = setting(False, "run gredp_noise = real, which protects nothing; its ε is given as ∞")
     seeded_noise: bool = setting(False, "reproducible research only: noise and batches from run.seed, NOT private")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(_Section, section="engine"):
+class EngineConfig(Section, section="engine"):
     backend: Literal["expanded", "opacus"] = setting("expanded", "source of per-sample gradients")
     token_budget: int | Literal["auto"] = setting("auto", "padded tokens in one micro-batch", at_least=1)
+    noise: Literal["host", "device"] = setting(
+        "host", "generator of the noise: ChaCha20 on the CPU | the device's own counter generator under a secret key"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSection(_Section, section="run"):
+class RunSection(Section, section="run"):
     seed: int = setting(0, "public: frozen A, partition, random head", at_least=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     transport: Literal["cohort", "flower"] = setting("cohort", "cohort: in this process | flower: simulation engine")
@@ -168,7 +162,13 @@ class RunConfig:
 
     @property
     def private(self) -> bool:
-        return math.isfinite(self.privacy.epsilon)
+        """Whether the run asks for a guarantee at all; False also for a mechanism that can give none."""
+        return math.isfinite(self.privacy.epsilon) and not self.unsound
+
+    @property
+    def unsound(self) -> bool:
+        """Whether the mechanism protects nothing, however much noise it adds."""
+        return self.privacy.mechanism == "gredp" and self.privacy.gredp_noise == "real"
 
     @classmethod
     def from_mapping(cls, tables: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
@@ -179,10 +179,10 @@ class RunConfig:
         """
         merged: dict[str, dict[str, Any]] = {}
         for section, table in tables.items():
-            _require_known(section, SECTIONS, "section", f"[{section}]")
+            require_known(section, SECTIONS, "section", f"[{section}]")
             if not isinstance(table, Mapping):
                 raise ConfigError(
-                    f"[{section}] is {_shown(table)}, wanted a table of keys; write [{section}] above them"
+                    f"[{section}] is {shown(table)}, wanted a table of keys; write [{section}] above them"
                 )
             merged[section] = dict(table)
         for override in overrides:
@@ -250,16 +250,8 @@ SECTIONS: dict[str, type] = {
 def _build_section(section: str, table: Mapping[str, Any]) -> Any:
     known = {spec.name for spec in dataclasses.fields(SECTIONS[section])}
     for key in table:
-        _require_known(key, known, "key", f"{section}.{key}", prefix=f"{section}.")
+        require_known(key, known, "key", f"{section}.{key}", prefix=f"{section}.")
     return SECTIONS[section](**table)
-
-
-def _require_known(name: str, known: typing.Iterable[str], kind: str, shown: str, prefix: str = "") -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-    raise ConfigError(f"unknown {kind} {shown}; {hint}")
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
@@ -267,58 +259,11 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and key):
         raise ConfigError(f"override {override!r} is not section.key=value; write for example privacy.epsilon=3")
-    _require_known(section, SECTIONS, "section", f"[{section}]")
+    require_known(section, SECTIONS, "section", f"[{section}]")
     try:
         return section, key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return section, key, text.strip()  # bare words are text, as everyone types them in a shell
-
-
-def _coerce(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` asks, or ConfigError. Whole numbers serve as floats; nothing else is converted."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        if value in arguments and type(value) is str:
-            return value
-        raise ConfigError(
-            f"{name} = {_shown(value)}, wanted one of {', '.join(map(str, arguments))}{_near(value, arguments)}"
-        )
-    if origin is types.UnionType or origin is typing.Union:
-        for option in arguments:
-            try:
-                return _coerce(name, value, option)
-            except ConfigError:
-                continue
-        raise ConfigError(f"{name} = {_shown(value)}, wanted {' or '.join(map(_type_name, arguments))}")
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, list | tuple) and value and all(isinstance(part, str) and part for part in value):
-            return tuple(value)
-        raise ConfigError(f"{name} = {_shown(value)}, wanted a non-empty list of names")
-    if annotation is float and type(value) is int:
-        value = float(value)
-    if type(value) is not annotation:
-        raise ConfigError(f"{name} = {_shown(value)}, wanted {_type_name(annotation)}")
-    return value
-
-
-def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    at_least, above, at_most = bounds["at_least"], bounds["above"], bounds["at_most"]
-    if math.isnan(value):
-        raise ConfigError(f"{name} = nan, wanted a number")
-    if math.isinf(value) and name != "privacy.epsilon":
-        raise ConfigError(f"{name} = {value}, wanted a finite number")
-    if (
-        (at_least is not None and value < at_least)
-        or (above is not None and value <= above)
-        or (at_most is not None and value > at_most)
-    ):
-        low = f">= {at_least}" if at_least is not None else f"> {above}" if above is not None else ""
-        high = f"<= {at_most}" if at_most is not None else ""
-        raise ConfigError(f"{name} = {value}, wanted {' and '.join(filter(None, (low, high)))}")
 
 
 def _check_relations(config: RunConfig) -> None:
@@ -332,21 +277,9 @@ def _check_relations(config: RunConfig) -> None:
             f"data.partition = {config.data.partition} divides by class, but data.task = stsb has none; "
             "set data.partition=iid"
         )
+    if config.data.task == "stsb" and config.federation.private_evaluation:
+        raise ConfigError(
+            "federation.private_evaluation counts classes, but data.task = stsb has none; leave it off for this task"
+        )
     if config.data.partition == "column" and not config.data.partition_column:
         raise ConfigError("data.partition = column needs data.partition_column; name the column that holds the client")
-
-
-def _near(value: Any, options: Sequence[Any]) -> str:
-    near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=str)
-
-
-def _type_name(annotation: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if typing.get_origin(annotation) is Literal:
-        return " or ".join(f'"{option}"' for option in typing.get_args(annotation))
-    return names.get(annotation, str(annotation))

@@ -139,7 +139,7 @@ def test_an_infinite_epsilon_is_an_explicit_non_private_run() -> None:
     [
         ("privacy.epsilom=3", "unknown key privacy.epsilom; did you mean privacy.epsilon?"),
         ("federation.client=3", "unknown key federation.client; did you mean federation.clients?"),
-        ("training.lr=3", "unknown key training.lr; known: expected_batch_size, keep_state, learning_rate"),
+        ("training.lr=3", "unknown key training.lr; known: expected_batch_size, filter_gain, keep_state"),
         ("privcy.epsilon=3", "unknown section [privcy]; did you mean privacy?"),
         ("zzz.epsilon=3", "unknown section [zzz]; known: adapter, data"),
         ("data.task=sst", "data.task = \"sst\", wanted one of cola, sst2"),

@@ -1,0 +1,76 @@
+"""`fedlora simulate`: a whole federation on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+
+
+def simulate(
+    recipe: Annotated[Path | None, typer.Argument(help="TOML recipe; none is the quickstart")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder, new or empty")] = None,
+    transport: Annotated[str | None, typer.Option(help="cohort (this process) or flower (its engine)")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run folder of an interrupted run to go on with")] = None,
+) -> None:
+    """Run a federation on this machine: private training, accuracy on public data, adapter in PEFT format."""
+    if resume is not None:
+        if recipe or overrides or out or transport:
+            raise ConfigError(
+                "--resume goes on with a run as it was configured; give no recipe, --set, --out or --transport"
+            )
+        _resume(resume)
+        return
+    config = _read_config(recipe, overrides or [], out, transport)
+    from fedlora.experiments.progress import TerminalProgress
+
+    if config.run.transport == "flower":
+        from fedlora.experiments.flower_process import simulate_under_flower
+
+        finished = simulate_under_flower(config)
+    else:
+        from fedlora.experiments.simulate import simulate as run
+
+        with TerminalProgress() as progress:
+            finished = run(config, progress)
+    _print_result(finished)
+
+
+def _resume(folder: Path) -> None:
+    from fedlora.experiments.run_folder import RunFolder
+
+    if RunFolder.open(folder).read_config().run.transport == "flower":
+        from fedlora.experiments.flower_process import run_under_flower
+
+        run_under_flower(folder)
+    else:
+        from fedlora.experiments.progress import TerminalProgress
+        from fedlora.experiments.simulate import resume
+
+        with TerminalProgress() as progress:
+            resume(folder, progress)
+    _print_result(folder)
+
+
+def _read_config(recipe: Path | None, overrides: list[str], out: Path | None, transport: str | None) -> RunConfig:
+    from fedlora.config import RunConfig
+
+    if out is not None:
+        overrides = [*overrides, f"run.out={json.dumps(str(out), ensure_ascii=False)}"]
+    if transport is not None:
+        overrides = [*overrides, f"run.transport={transport}"]
+    return RunConfig.from_toml(recipe, overrides) if recipe else RunConfig.from_mapping({}, overrides)
+
+
+def _print_result(folder: Path) -> None:
+    from fedlora.experiments.progress import print_result
+
+    print_result(folder)

@@ -1,0 +1,119 @@
+"""What a settings file may hold: frozen sections whose fields carry type, range and meaning.
+
+A key's type comes from its annotation, its range from `setting(...)`; whatever does not fit is a ConfigError that says
+what, got and wanted, and names the nearest known key. Used by the run's config and by a site's policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fedlora.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A documented config field: `at_least <= value <= at_most` and `value > above`, where given."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+class Section:
+    """Checks every field of a section against its annotation and range when it is made."""
+
+    section: typing.ClassVar[str]
+
+    def __init_subclass__(cls, section: str) -> None:
+        cls.section = section
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
+            name = f"{self.section}.{spec.name}"
+            value = _coerce(name, getattr(self, spec.name), hints[spec.name])
+            _check_range(name, value, spec.metadata)
+            object.__setattr__(self, spec.name, value)
+
+
+def require_known(name: str, known: typing.Iterable[str], kind: str, shown: str, prefix: str = "") -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    raise ConfigError(f"unknown {kind} {shown}; {hint}")
+
+
+def _coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as `annotation` asks, or ConfigError. Whole numbers serve as floats; nothing else is converted."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        if value in arguments and type(value) is str:
+            return value
+        raise ConfigError(
+            f"{name} = {shown(value)}, wanted one of {', '.join(map(str, arguments))}{_near(value, arguments)}"
+        )
+    if origin is types.UnionType or origin is typing.Union:
+        for option in arguments:
+            try:
+                return _coerce(name, value, option)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{name} = {shown(value)}, wanted {' or '.join(map(_type_name, arguments))}")
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple) and value and all(isinstance(part, str) and part for part in value):
+            return tuple(value)
+        raise ConfigError(f"{name} = {shown(value)}, wanted a non-empty list of names")
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if type(value) is not annotation:
+        raise ConfigError(f"{name} = {shown(value)}, wanted {_type_name(annotation)}")
+    return value
+
+
+def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    at_least, above, at_most = bounds["at_least"], bounds["above"], bounds["at_most"]
+    if math.isnan(value):
+        raise ConfigError(f"{name} = nan, wanted a number")
+    if math.isinf(value) and name != "privacy.epsilon":
+        raise ConfigError(f"{name} = {value}, wanted a finite number")
+    if (
+        (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+        or (at_most is not None and value > at_most)
+    ):
+        low = f">= {at_least}" if at_least is not None else f"> {above}" if above is not None else ""
+        high = f"<= {at_most}" if at_most is not None else ""
+        raise ConfigError(f"{name} = {value}, wanted {' and '.join(filter(None, (low, high)))}")
+
+
+def _near(value: Any, options: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f'"{option}"' for option in typing.get_args(annotation))
+    return names.get(annotation, str(annotation))
