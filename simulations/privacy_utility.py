@@ -26,14 +26,17 @@ def record_file(recipe: Path, epsilon: str, seed: int) -> Path:
 
 
 def run_cell(recipe: Path, epsilon: str, seed: int, settings: list[str], threads: int) -> None:
-    """One run in a process of its own; its record stays, its folder goes."""
-    record = record_file(recipe, epsilon, seed)
+    overrides = [f"privacy.epsilon={epsilon}", f"run.seed={seed}", *settings]
+    run_recipe(recipe, record_file(recipe, epsilon, seed), overrides, threads)
+
+
+def run_recipe(recipe: Path, record: Path, overrides: list[str], threads: int) -> None:
+    """One run in a process of its own, unless its `record` is there; the record stays, the run's folder goes."""
     if record.exists():
         return
     record.parent.mkdir(parents=True, exist_ok=True)
     folder = record.with_suffix(".run")
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = [f"privacy.epsilon={epsilon}", f"run.seed={seed}", *settings]
     command = [sys.executable, "-m", "fedlora", "simulate", str(recipe), "--out", str(folder)]
     command += [part for override in overrides for part in ("--set", override)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -188,6 +188,7 @@ class TableBackend:
 
     def __init__(self, table: torch.Tensor, widths: tuple[int, ...] | None = None) -> None:
         self.table, self.widths = table, widths or (table.shape[1],)
+        self.slot_sizes = self.widths
         self.dataset = EncodedDataset(
             ids=np.arange(len(table), dtype=np.int32),
             starts=np.arange(len(table)),

@@ -17,6 +17,11 @@ class GradientBackend(Protocol):
     fuses_clients: bool
     """Whether one micro-batch may hold records of several clients."""
 
+    @property
+    def slot_sizes(self) -> tuple[int, ...]:
+        """Sizes of the trained slots in layout order; they add up to P."""
+        ...
+
     def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
         """Gradient of each record's own loss.
 

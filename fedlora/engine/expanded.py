@@ -76,6 +76,7 @@ class ExpandedBackend:
             ModelError: a module also sees inputs shared by all records and cannot be run record by record.
         """
         self.classifier, self.layout = classifier, layout
+        self.slot_sizes = tuple(slot.size for slot in layout.slots)
         adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
         for path, module in classifier.target_modules(list(factors)).items():
             adapted[path] = ExpandedLoraLinear(module, factors[path], layout.scale)

@@ -45,6 +45,7 @@ class OpacusBackend:
 
         refuse_shared_inputs(classifier, factors)
         self.layout = layout
+        self.slot_sizes = tuple(slot.size for slot in layout.slots)
         parameters: dict[str, Tensor] = {}
         for path, module in classifier.target_modules(list(factors)).items():
             replacement = _LoraLinear(module, factors[path], layout.scale)

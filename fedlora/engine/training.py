@@ -18,6 +18,7 @@ from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import microbatches
+from fedlora.engine.filters import make_filter
 from fedlora.errors import PrivacyError
 from fedlora.privacy.plan import PhasePlan
 
@@ -72,12 +73,21 @@ def train(
     for parameter, job in zip(parameters, jobs, strict=True):
         if job.optimizer_state is not None:
             optimizer.state[parameter] = _copied(job.optimizer_state, rows.device)
+    noise_filter = make_filter(
+        training, slot_sizes=backend.slot_sizes, noise_std=[_noise_std(job.phase, training) for job in jobs]
+    )
     for _ in range(num_steps):
-        gradients = _private_mean_gradients(backend, dataset, jobs, rows, training, token_budget)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        point = noise_filter.point(rows)
+        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, token_budget))
+        for parameter, gradient in zip(parameters, noise_filter.refine(gradients), strict=True):
             parameter.grad = gradient
         optimizer.step()
     return [TrainedRow(parameter.detach().clone(), dict(optimizer.state[parameter])) for parameter in parameters]
+
+
+def _noise_std(phase: PhasePlan, training: TrainingConfig) -> float:
+    """Of one coordinate of the noised mean gradient: public."""
+    return phase.mechanism.effective_noise_multiplier * phase.sensitivity / training.expected_batch_size
 
 
 def _private_mean_gradients(

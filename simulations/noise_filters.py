@@ -1,0 +1,132 @@
+"""What filtering noised gradients gains: `python -m simulations.noise_filters --set data.source=PATH_TO_GLUE`.
+
+Runs one short recipe at one ε without a filter, with each filter, and with what shapes the noise itself, over the same
+public seeds; keeps each run's record and writes the table of docs/noise_filters.md from the records alone. Noise and
+batches are seeded, so that the runs of one seed draw the same ones and their difference is the variant's own. A run
+whose record is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from scipy.stats import t as student
+
+from simulations.privacy_utility import run_recipe
+
+HERE = Path(__file__).parent
+RECIPE, RESULTS = HERE / "recipes" / "sst2.toml", HERE / "results" / "noise_filters"
+PAGE = HERE.parent / "docs" / "noise_filters.md"
+START, END = "<!-- table: python -m simulations.noise_filters -->", "<!-- end of table -->"
+COMMON = (
+    "privacy.epsilon=1.0",
+    "privacy.seeded_noise=true",
+    "federation.rounds=6",
+    "run.evaluate_every=6",
+    "model.dtype=bfloat16",
+    "model.attention=eager",
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "doppler-0.5": ("training.noise_filter=doppler", "training.filter_gain=0.5"),
+    "doppler-0.3": ("training.noise_filter=doppler", "training.filter_gain=0.3"),
+    "disk-0.5": ("training.noise_filter=disk", "training.filter_gain=0.5"),
+    "disk-0.3": ("training.noise_filter=disk", "training.filter_gain=0.3"),
+    "james_stein": ("training.noise_filter=james_stein",),
+    "low_pass-0.5": ("privacy.low_pass=0.5",),
+    "gredp-complex": ("privacy.mechanism=gredp", "privacy.gredp_noise=complex"),
+}
+CONFIDENCE = 0.95
+
+
+def record_file(variant: str, seed: int) -> Path:
+    return RESULTS / f"{variant}-seed-{seed}.json"
+
+
+def metric(variant: str, seed: int) -> float:
+    return float(json.loads(record_file(variant, seed).read_text())["metric"]["value"])
+
+
+def table(variants: Sequence[str], seeds: Sequence[int]) -> str:
+    """Markdown: the metric's mean ± standard deviation, and the mean difference to `none` at the same seed."""
+    lines = [
+        f"| variant | seeds | accuracy | paired difference to none | {CONFIDENCE:.0%} interval | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        done = [seed for seed in seeds if record_file(variant, seed).exists() and record_file("none", seed).exists()]
+        if not done:
+            continue
+        values = [metric(variant, seed) for seed in done]
+        head = f"| {variant} | {len(done)} | {statistics.mean(values):.4f} ± {_spread(values):.4f}"
+        if variant == "none":
+            lines.append(f"{head} | | | |")
+            continue
+        differences = [value - metric("none", seed) for value, seed in zip(values, done, strict=True)]
+        mean, half = statistics.mean(differences), half_width(differences)
+        interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "unknown"
+        shown = f"{mean:+.4f} ± {_spread(differences):.4f}"
+        lines.append(f"{head} | {shown} | {interval} | {verdict(mean, half)} |")
+    return "\n".join(lines)
+
+
+def half_width(differences: Sequence[float]) -> float:
+    """Of Student's interval for the mean; infinite for a single difference."""
+    if len(differences) < 2:
+        return math.inf
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    return quantile * _spread(differences) / math.sqrt(len(differences))
+
+
+def verdict(mean: float, half: float) -> str:
+    if abs(mean) <= half:
+        return "no difference seen"
+    return "gains" if mean > 0 else "loses"
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def write_page(text: str) -> None:
+    """Replace what stands between the two marks of the page."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="section.key=value, as in fedlora")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    chosen = parser.parse_args()
+    with ThreadPoolExecutor(chosen.workers) as pool:
+        jobs = [
+            pool.submit(
+                run_recipe,
+                RECIPE,
+                record_file(variant, seed),
+                [*COMMON, *VARIANTS[variant], f"run.seed={seed}", *chosen.settings],
+                chosen.threads,
+            )
+            for seed in chosen.seeds
+            for variant in chosen.variants
+        ]
+        for job in jobs:
+            job.result()
+    found = table(list(VARIANTS), chosen.seeds)
+    write_page(found)
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
