@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,8 @@ from fedlora.engine.expanded import ExpandedBackend
 from fedlora.models import Classifier, load_classifier
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.randomness import PublicSeed
+from fedlora.privacy.noise import HostNoise
+from fedlora.randomness import PublicSeed, SecretRoot
 
 Batch = dict[str, Tensor]
 
@@ -106,19 +106,21 @@ class Fedlora:
         self.optimizer = torch.optim.SGD([self.parameter], lr=settings.learning_rate)
         self.clipping = Clipping("flat", settings.clip_norm)
         self.mechanism = GaussianMechanism(settings.noise_multiplier)
-        self.noise = np.random.default_rng(0)
+        self.noise = HostNoise(SecretRoot.seeded(0).numpy("noise"))
 
     def step(self, batch: Batch, labels: Tensor) -> None:
         self.step_in_parts([(batch, labels)])
 
     def step_in_parts(self, parts: list[tuple[Batch, Tensor]]) -> None:
         """One step over the micro-batches of one logical batch."""
-        total = torch.zeros_like(self.rows)
+        total = torch.zeros_like(self.rows, dtype=torch.float64)
         for batch, labels in parts:
             owner = torch.zeros(len(labels), dtype=torch.int64)
             gradients = self.backend.gradients(self.rows.detach(), batch, labels, owner)
             self.clipping.add_clipped(total, gradients, owner)
-        released = self.mechanism.privatize(total[0], sensitivity=self.clipping.clip_norm, generator=self.noise)
+        released = self.mechanism.privatize(
+            total[0], sensitivity=self.clipping.clip_norm, noise=self.noise, slot_sizes=self.backend.slot_sizes
+        )
         self.parameter.grad = released.div_(sum(len(labels) for _, labels in parts))
         self.optimizer.step()
 

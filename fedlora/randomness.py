@@ -7,6 +7,9 @@
 
 A stream is named by a path such as `("noise", client, phase, round)`. Its key is SHA-256 over root and path, so a
 stream depends neither on the order of calls nor on how many clients share a process.
+
+Public streams are NumPy's Philox, fast and the same for ever. Secret ones are ChaCha20, a cipher: nobody who sees some
+of a stream can tell the rest. That takes 23 to 38 ns a normal number against 13 (one core, randomgen 2.5).
 """
 
 from __future__ import annotations
@@ -34,14 +37,9 @@ def _stream_key(root: bytes, path: tuple[PathPart, ...]) -> bytes:
 
 @dataclass(frozen=True)
 class _Streams:
-    """Named generators under one root; `PublicSeed` and `SecretRoot` say which kind of root it is."""
+    """A root under which streams have names; `PublicSeed` and `SecretRoot` say which kind of root it is."""
 
     root: bytes = field(repr=False)
-
-    def numpy(self, *path: PathPart) -> np.random.Generator:
-        """A NumPy generator for the stream `path`: Philox under a key of 128 bits."""
-        key = int.from_bytes(_stream_key(self.root, path)[:16], "little")
-        return np.random.Generator(np.random.Philox(key=key))
 
 
 class PublicSeed(_Streams):
@@ -50,6 +48,11 @@ class PublicSeed(_Streams):
     @classmethod
     def from_int(cls, seed: int) -> PublicSeed:
         return cls(hashlib.sha256(f"fedlora public seed {seed}".encode()).digest())
+
+    def numpy(self, *path: PathPart) -> np.random.Generator:
+        """A NumPy generator for the stream `path`: Philox under a key of 128 bits."""
+        key = int.from_bytes(_stream_key(self.root, path)[:16], "little")
+        return np.random.Generator(np.random.Philox(key=key))
 
     def torch(self, *path: PathPart, device: str | torch.device = "cpu") -> torch.Generator:
         """A torch generator for the stream `path`; for public values only.
@@ -76,3 +79,10 @@ class SecretRoot(_Streams):
     def seeded(cls, seed: int) -> SecretRoot:
         """Reproducible noise for research. NOT private: every record of such a run says `noise_seeded`."""
         return cls(hashlib.sha256(f"fedlora seeded noise {seed}".encode()).digest(), is_seeded=True)
+
+    def numpy(self, *path: PathPart) -> np.random.Generator:
+        """A NumPy generator for the stream `path`: ChaCha20 (RFC 8439) under a key of 256 bits, from counter 0."""
+        from randomgen import ChaCha
+
+        key = int.from_bytes(_stream_key(self.root, path), "little")
+        return np.random.Generator(ChaCha(key=key, rounds=20))

@@ -51,11 +51,29 @@ def test_a_stream_depends_neither_on_the_order_of_calls_nor_on_other_streams() -
     assert first_numbers(root, "noise", 3) == alone == first_numbers(SecretRoot.seeded(0), "noise", 3)
 
 
-def test_a_stream_has_a_key_of_128_bits() -> None:
-    """The whole key of the generator is the start of the stream's own: none of it is lost on the way."""
-    state = SecretRoot.seeded(0).numpy("x").bit_generator.state["state"]
-    key = _stream_key(SecretRoot.seeded(0).root, ("x",))[:16]
-    assert state["key"].astype("<u8").tobytes() == key
+def test_a_public_stream_has_a_key_of_128_bits() -> None:
+    state = PublicSeed.from_int(0).numpy("x").bit_generator.state["state"]
+    assert state["key"].astype("<u8").tobytes() == _stream_key(PublicSeed.from_int(0).root, ("x",))[:16]
+
+
+def test_a_secret_stream_is_chacha20_under_the_whole_key() -> None:
+    """Bit for bit the cipher of RFC 8439 with its 256-bit key, its block counter and its nonce at zero."""
+    ciphers = pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+    root = SecretRoot.seeded(0)
+    words = root.numpy("noise", 3).bit_generator.random_raw(512)  # 64 blocks of 64 bytes
+    algorithm = ciphers.algorithms.ChaCha20(_stream_key(root.root, ("noise", 3)), nonce=bytes(16))
+    keystream = ciphers.Cipher(algorithm, mode=None).encryptor().update(bytes(4096))
+    assert words.astype("<u8").tobytes() == keystream
+
+
+def test_every_bit_of_the_key_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the reference at hand: none of the 256 bits is lost between root and generator."""
+    first = set()
+    for bit in range(256):
+        key = (1 << bit).to_bytes(32, "little")
+        monkeypatch.setattr("fedlora.randomness._stream_key", lambda root, path, key=key: key)
+        first.add(int(SecretRoot.seeded(0).numpy("x").bit_generator.random_raw()))
+    assert len(first) == 256
 
 
 def test_no_secret_stream_is_torchs() -> None:

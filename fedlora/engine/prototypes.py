@@ -26,20 +26,22 @@ def prototype_layout(num_labels: int, hidden_size: int) -> AdapterLayout:
 def class_sums(
     classifier: Classifier, dataset: EncodedDataset, records: np.ndarray, layout: AdapterLayout, token_budget: int
 ) -> Tensor:
-    """Un-noised sums and counts over `records`, flat [C (h + 1)] float32: private until a mechanism has noised it.
+    """Un-noised sums and counts over `records`, flat [C (h + 1)] float64: private until a mechanism has noised it.
 
-    Each record's contribution has L2 norm at most √2; one whose embedding is not finite contributes nothing.
+    Each record's contribution has L2 norm at most √2; one whose embedding is not finite contributes nothing. Sums of up
+    to 2^23 records are exact, whatever their order: no rounding adds to how far one record moves them.
     """
     device = next(classifier.parameters()).device
-    total = torch.zeros(layout.size, device=device)
+    total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     sums, counts = (layout.view(total, slot) for slot in layout.slots)
     for group in microbatches(dataset.lengths[records], token_budget):
         batch, labels = dataset.batch(records[group], device)
         embeddings = classifier.embed(batch)
         usable = torch.isfinite(embeddings).all(dim=1)
-        embeddings, labels = embeddings[usable], labels[usable]
-        embeddings = embeddings / embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)
-        sums.index_add_(0, labels, embeddings)
+        embeddings, labels = embeddings[usable].double(), labels[usable]
+        embeddings /= embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)
+        # Cut towards zero to multiples of 2^-30: no record gets longer and float64 adds them without rounding.
+        sums.index_add_(0, labels, (embeddings * 2.0**30).trunc_() * 2.0**-30)
         counts += torch.bincount(labels, minlength=len(counts))
     return total
 

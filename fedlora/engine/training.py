@@ -20,6 +20,7 @@ from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import microbatches
 from fedlora.engine.filters import make_filter
 from fedlora.errors import PrivacyError
+from fedlora.privacy.noise import NoiseSource
 from fedlora.privacy.plan import PhasePlan
 
 OptimizerState = dict[str, Any]
@@ -33,7 +34,7 @@ class TrainingJob:
     """Positions of the client's records in the data set given to `train`, int64 [n]."""
     phase: PhasePlan
     sampling: np.random.Generator = field(repr=False)
-    noise: np.random.Generator = field(repr=False)
+    noise: NoiseSource = field(repr=False)
     optimizer_state: OptimizerState | None = None
     """State of the local optimiser to start from; None starts afresh."""
 
@@ -102,16 +103,14 @@ def _private_mean_gradients(
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
     records = np.concatenate(drawn)
     owner = np.repeat(np.arange(len(jobs)), [len(part) for part in drawn])
-    totals = torch.zeros_like(rows)
+    totals = torch.zeros_like(rows, dtype=torch.float64)
     clipping = jobs[0].phase.clipping
     for group in _groups(dataset.lengths[records], owner, token_budget, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group], rows.device)
         owners = torch.from_numpy(owner[group]).to(rows.device)
         clipping.add_clipped(totals, backend.gradients(rows.detach(), batch, labels, owners), owners)
     return [
-        job.phase.mechanism.privatize(total, sensitivity=job.phase.sensitivity, generator=job.noise).div_(
-            training.expected_batch_size
-        )
+        job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
         for job, total in zip(jobs, totals, strict=True)
     ]
 

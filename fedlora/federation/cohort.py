@@ -16,6 +16,7 @@ from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_up
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
+from fedlora.privacy.noise import NoiseSource, make_noise_source
 from fedlora.privacy.plan import PROTOTYPE
 
 LARGEST_VALUE = 10.0
@@ -89,7 +90,7 @@ class Cohort:
                 records=site.records,
                 phase=site.plan[instruction.phase],
                 sampling=site.secret.numpy("sampling", site.client, index),
-                noise=site.secret.numpy("noise", site.client, index),
+                noise=self._noise(site, index),
                 optimizer_state=site.optimizer_state,
             )
             for site in self.sites
@@ -116,6 +117,11 @@ class Cohort:
         for site in self.sites:
             phase = site.plan[instruction.phase]
             total = class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
-            noise = site.secret.numpy("noise", site.client, entry.index)
-            released.append(phase.mechanism.privatize(total, sensitivity=phase.sensitivity, generator=noise).cpu())
+            sizes = [slot.size for slot in layout.slots]
+            released.append(phase.privatize(total, noise=self._noise(site, entry.index), slot_sizes=sizes).cpu())
         return released
+
+    def _noise(self, site: Site, index: int) -> NoiseSource:
+        """The site's secret source for one round; no round is done twice, so no stream is used twice."""
+        stream, bench = site.secret.numpy("noise", site.client, index), self.workbench
+        return make_noise_source(bench.config.engine.noise, stream, bench.execution.device)

@@ -8,9 +8,11 @@ meets ε.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from fedlora.config import RunConfig
 from fedlora.errors import BudgetRefused, DataError
@@ -18,6 +20,8 @@ from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.calibration import calibrate_noise_multiplier
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.mechanisms.mechanism import Mechanism, make_mechanism
+from fedlora.privacy.noise import NoiseSource
 from fedlora.privacy.sampling import PoissonSampler
 
 PROTOTYPE, FINETUNE = "prototype", "finetune"
@@ -30,13 +34,17 @@ class PhasePlan:
     name: str
     sampler: PoissonSampler
     clipping: Clipping
-    mechanism: GaussianMechanism
+    mechanism: Mechanism
     num_steps: int
 
     @property
     def sensitivity(self) -> float:
         """L2 distance that adding or removing one record can make to one step's sum."""
         return self.clipping.clip_norm
+
+    def privatize(self, total: Tensor, *, noise: NoiseSource, slot_sizes: Sequence[int]) -> Tensor:
+        """What may be released of one step's sum `total` [P] float64 of clipped records, [P] float32."""
+        return self.mechanism.privatize(total, sensitivity=self.sensitivity, noise=noise, slot_sizes=slot_sizes)
 
     def charge(self, num_steps: int | None = None) -> Charge:
         """What the accountant sees of `num_steps` steps (all planned ones by default)."""
@@ -131,7 +139,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
         name=FINETUNE,
         sampler=PoissonSampler(probability),
         clipping=Clipping(privacy.clipping, privacy.clip_norm),
-        mechanism=GaussianMechanism(noise_multiplier),
+        mechanism=make_mechanism(privacy, noise_multiplier),
         num_steps=num_steps,
     )
     plan = PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedlora.engine.prototypes import class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.noise import HostNoise, NoiseSource
 from fedlora.privacy.plan import PROTOTYPE, PhasePlan, make_plan
 from fedlora.randomness import SecretRoot
 
@@ -36,8 +38,8 @@ class Sabotaged(GaussianMechanism):
 
     factor: float = 1.0
 
-    def privatize(self, total: Tensor, *, sensitivity: float, generator: np.random.Generator) -> Tensor:
-        return super().privatize(total, sensitivity=self.factor * sensitivity, generator=generator)
+    def privatize(self, total: Tensor, *, sensitivity: float, noise: NoiseSource, slot_sizes: Sequence[int]) -> Tensor:
+        return super().privatize(total, sensitivity=self.factor * sensitivity, noise=noise, slot_sizes=slot_sizes)
 
 
 def has_std(values: Tensor, std: float) -> bool:
@@ -77,7 +79,7 @@ def make_jobs(phase: PhasePlan, round_index: int = 0) -> list[TrainingJob]:
             records=np.arange(5 * client, 5 * client + 5),
             phase=phase,
             sampling=SecretRoot.seeded(7).numpy("sampling", client, round_index),
-            noise=SecretRoot.seeded(7).numpy("noise", client, round_index),
+            noise=HostNoise(SecretRoot.seeded(7).numpy("noise", client, round_index)),
         )
         for client in range(CLIENTS)
     ]
@@ -173,7 +175,7 @@ def test_noise_is_independent_between_clients_steps_rounds_and_slots(
 
 def test_one_stream_for_two_clients_would_be_caught(silent_bench: Workbench, dataset: Any, make_phase: Any) -> None:
     jobs = make_jobs(make_phase(0.8, SIGMA, CLIP))
-    jobs[1].noise = SecretRoot.seeded(7).numpy("noise", 0, 0)
+    jobs[1].noise = HostNoise(SecretRoot.seeded(7).numpy("noise", 0, 0))
     rows = train(
         silent_bench.backend,
         dataset,
@@ -200,7 +202,7 @@ def test_noise_is_drawn_once_per_logical_step_however_many_micro_batches(
     stream = SecretRoot.seeded(7).numpy("noise", 0, 0)
     noise = sum(torch.from_numpy(stream.standard_normal(30)).float() for _ in range(2))
     assert torch.allclose(moved, -SIGMA * CLIP / BATCH * noise, atol=1e-6)
-    assert stream.random() == job.noise.random()
+    assert stream.random() == job.noise.generator.random()  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------- prototype release
@@ -209,12 +211,11 @@ def test_noise_is_drawn_once_per_logical_step_however_many_micro_batches(
 def prototype_releases(bench: Workbench, dataset: Any, phase: PhasePlan, rounds: int) -> Tensor:
     """[rounds, C (h + 1)]: what a site releases, less the exact sums."""
     layout = bench.payload_layout(PROTOTYPE)
+    sizes = [slot.size for slot in layout.slots]
     exact = class_sums(bench.classifier, dataset, np.arange(len(dataset)), layout, 1000)
     return torch.stack(
         [
-            phase.mechanism.privatize(
-                exact, sensitivity=phase.sensitivity, generator=SecretRoot.seeded(1).numpy("noise", 0, index)
-            )
+            phase.privatize(exact, noise=HostNoise(SecretRoot.seeded(1).numpy("noise", 0, index)), slot_sizes=sizes)
             - exact
             for index in range(rounds)
         ]

@@ -101,7 +101,7 @@ def test_the_file_holds_no_secret(saved: tuple[Any, Path]) -> None:
             assert part not in content
         assert repr(site.secret.root)[2:-1].encode() not in content
         for stream in ("noise", "sampling"):
-            key = site.secret.numpy(stream, site.client, 1).bit_generator.state["state"]["key"]
+            key = site.secret.numpy(stream, site.client, 1).bit_generator.state["state"]["keysetup"]
             assert key.tobytes() not in content
             assert all(str(part).encode() not in content for part in key.tolist())
     assert b"secret" not in content

@@ -150,9 +150,9 @@ def test_as_many_noisy_steps_run_as_are_charged_with_the_charged_noise(
     calls: list[tuple[float, float, int]] = []
     genuine = GaussianMechanism.privatize
 
-    def spy(self: GaussianMechanism, total: torch.Tensor, *, sensitivity: float, generator: torch.Generator) -> Any:
+    def spy(self: GaussianMechanism, total: torch.Tensor, *, sensitivity: float, **how: Any) -> Any:
         calls.append((self.noise_multiplier, sensitivity, total.numel()))
-        return genuine(self, total, sensitivity=sensitivity, generator=generator)
+        return genuine(self, total, sensitivity=sensitivity, **how)
 
     monkeypatch.setattr(GaussianMechanism, "privatize", spy)
     federation = make_federation(*PARTIAL, "privacy.clip_norm=0.7")

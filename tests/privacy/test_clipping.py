@@ -22,10 +22,10 @@ ROWS = st.tuples(st.integers(1, 6), st.integers(1, 12)).flatmap(lambda s: arrays
 
 def contributions(clipping: Clipping, rows: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
     """[N, P] float64: what each row alone adds, through the real path, one owner per row."""
-    total = torch.zeros_like(rows)
+    total = torch.zeros_like(rows, dtype=torch.float64)
     parts = [part.clone() for part in rows.split(widths or (rows.shape[1],), dim=1)]
     clipping.add_clipped(total, parts, torch.arange(len(rows)))
-    return total.double()
+    return total
 
 
 @settings(max_examples=300, deadline=None)
@@ -92,7 +92,7 @@ def test_a_finite_row_whose_norm_overflows_adds_nothing(kind: Kind) -> None:
 def test_an_outlier_moves_the_sum_of_its_owner_by_the_clip_norm_at_most(kind: Kind) -> None:
     rows = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     owner = torch.tensor([0, 1, 0, 1, 1, 0])
-    clean, with_outlier = torch.zeros(2, 20), torch.zeros(2, 20)
+    clean, with_outlier = torch.zeros(2, 2, 20, dtype=torch.float64)
     Clipping(kind, 0.5).add_clipped(clean, [rows[torch.arange(6) != 2]], owner[torch.arange(6) != 2])
     rows[2] *= 1e6
     Clipping(kind, 0.5).add_clipped(with_outlier, [rows.clone()], owner)
@@ -105,13 +105,13 @@ def test_sums_add_up_over_calls_and_land_in_their_owners_row() -> None:
     owner = torch.tensor([2, 0, 0, 2, 2, 0, 2])
     clipping = Clipping("flat", 1.0)
     each = contributions(clipping, rows)
-    total = torch.zeros(3, 8)
+    total = torch.zeros(3, 8, dtype=torch.float64)
     for start in (0, 3, 6):
         clipping.add_clipped(
             total, [rows[start : start + 3, :3].clone(), rows[start : start + 3, 3:].clone()], owner[start : start + 3]
         )
     for client in range(3):
-        assert torch.allclose(total[client].double(), each[owner == client].sum(dim=0), atol=1e-6)
+        assert torch.allclose(total[client], each[owner == client].sum(dim=0), atol=1e-6)
     assert not total[1].any()
 
 
@@ -131,4 +131,4 @@ def test_many_small_numbers_beside_large_ones_are_in_the_norm() -> None:
     rows = torch.full((1, 768 * 768), 2e-4)
     rows[0, :8] = 1e3
     added = contributions(Clipping("flat", 1.0), rows)
-    assert added.double().norm() <= 1.0
+    assert added.norm() <= 1.0

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.noise import HostNoise
 from fedlora.randomness import SecretRoot
 
 FALSE_ALARM = 1e-6
@@ -18,15 +19,16 @@ P, RELEASES = 12, 20_000
 def release(
     mechanism: GaussianMechanism, total: torch.Tensor, *, sensitivity: float = 1.5, stream: int = 0
 ) -> torch.Tensor:
-    return mechanism.privatize(total, sensitivity=sensitivity, generator=SecretRoot.seeded(0).numpy("noise", stream))
+    noise = HostNoise(SecretRoot.seeded(0).numpy("noise", stream))
+    return mechanism.privatize(total.double(), sensitivity=sensitivity, noise=noise, slot_sizes=(P,))
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=repr)
 def test_no_direction_gets_less_noise_than_the_effective_multiplier_says(mechanism: GaussianMechanism) -> None:
     """Along each eigenvector of the released noise: its variance over (σ C)² is chi-square, false alarms 1e-6."""
-    generator = SecretRoot.seeded(1).numpy("noise")
+    noise, zero = HostNoise(SecretRoot.seeded(1).numpy("noise")), torch.zeros(P, dtype=torch.float64)
     draws = torch.stack(
-        [mechanism.privatize(torch.zeros(P), sensitivity=1.5, generator=generator) for _ in range(RELEASES)]
+        [mechanism.privatize(zero, sensitivity=1.5, noise=noise, slot_sizes=(P,)) for _ in range(RELEASES)]
     ).double()
     std = mechanism.effective_noise_multiplier * 1.5
     halves = draws[: RELEASES // 2], draws[RELEASES // 2 :]
@@ -70,14 +72,14 @@ def test_without_noise_the_sum_is_released_as_it_is() -> None:
 
 
 class _FarOut:
-    """A generator that draws what float32 normals of torch never reach."""
+    """Draws what float32 normals of torch never reach."""
 
-    def standard_normal(self, count: int) -> np.ndarray:
-        return np.full(count, 9.0)
+    def standard_normal(self, count: int, device: torch.device) -> torch.Tensor:
+        return torch.full((count,), 9.0, dtype=torch.float64)
 
 
 def test_noise_is_not_cut_off() -> None:
     """torch's float32 normals end at 5.77 standard deviations: outcomes that only one neighbour can produce cost δ."""
-    released = GaussianMechanism(2.0).privatize(torch.ones(3), sensitivity=0.5, generator=_FarOut())  # type: ignore[arg-type]
-    assert released.tolist() == [10.0, 10.0, 10.0]
-    assert released.dtype == torch.float32
+    one = torch.ones(3, dtype=torch.float64)
+    released = GaussianMechanism(2.0).privatize(one, sensitivity=0.5, noise=_FarOut(), slot_sizes=(3,))
+    assert released.tolist() == pytest.approx([10.0, 10.0, 10.0], rel=1e-6)

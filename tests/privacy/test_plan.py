@@ -16,6 +16,7 @@ from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import BudgetRefused, DataError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
+from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PrivacyPlan, make_plan
 from fedlora.randomness import SecretRoot
 
@@ -64,9 +65,9 @@ def test_without_privacy_epsilon_is_infinite_everywhere() -> None:
     assert plan.epsilon() == math.inf
     assert all(phase.mechanism.noise_multiplier == 0 for phase in plan.phases)
     assert accounting.epsilon_curve([[phase.charge()] for phase in plan.phases], plan.delta) == [math.inf] * 2
-    total = torch.ones(4)
-    released = plan[FINETUNE].mechanism.privatize(total, sensitivity=1.0, generator=torch.Generator())
-    assert torch.equal(released, total)
+    total = torch.ones(4, dtype=torch.float64)
+    noise = HostNoise(np.random.default_rng(0))
+    assert torch.equal(plan[FINETUNE].privatize(total, noise=noise, slot_sizes=(4,)), torch.ones(4))
 
 
 def test_more_steps_or_less_epsilon_mean_more_noise() -> None:
@@ -131,7 +132,7 @@ def test_training_on_a_plan_samples_with_expected_batch_size_over_n(table_backen
         records=np.arange(N),
         phase=plan[FINETUNE],
         sampling=SecretRoot.seeded(0).numpy("sampling"),
-        noise=SecretRoot.seeded(0).numpy("noise"),
+        noise=HostNoise(SecretRoot.seeded(0).numpy("noise")),
     )
     train(
         backend,

@@ -14,6 +14,7 @@ from scipy.stats import binom, chi2
 
 from fedlora.config import TrainingConfig
 from fedlora.engine.training import TrainingJob, train
+from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot
 
@@ -131,7 +132,7 @@ def batches_of(table_backend: Any, phase: Any, parts: list[np.ndarray], num_step
             records=part,
             phase=phase,
             sampling=SecretRoot.seeded(3).numpy("sampling", client),
-            noise=SecretRoot.seeded(3).numpy("noise", client),
+            noise=HostNoise(SecretRoot.seeded(3).numpy("noise", client)),
         )
         for client, part in enumerate(parts)
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from fedlora.privacy.mechanisms.granular import release_on_grid
+from fedlora.privacy.noise import NoiseSource
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,13 @@ class GaussianMechanism:
 
     @property
     def effective_noise_multiplier(self) -> float:
-        """Square root of the smallest eigenvalue of the released noise's covariance, over the sensitivity."""
         return self.noise_multiplier
 
-    def privatize(self, total: Tensor, *, sensitivity: float, generator: np.random.Generator) -> Tensor:
-        """`total` [P] float32 plus fresh noise of the same shape; with noise_multiplier 0 `total` unchanged.
+    def covariance(self, size: int) -> np.ndarray:
+        return self.noise_multiplier**2 * np.eye(size)
 
-        Drawn and added in float64 from a generator with a key of 128 bits. torch's own would not do: on the CPU its key
-        has 32 bits and its normals end at 5.77 standard deviations, which alone is more than a small δ allows.
-        """
+    def privatize(self, total: Tensor, *, sensitivity: float, noise: NoiseSource, slot_sizes: Sequence[int]) -> Tensor:
         if self.noise_multiplier == 0:
-            return total
-        noise = torch.from_numpy(generator.standard_normal(total.numel())).view_as(total)
-        noised = total.to("cpu", torch.float64) + self.noise_multiplier * sensitivity * noise
-        return noised.to(total.device, torch.float32)
+            return total.float()
+        unit_noise = noise.standard_normal(total.numel(), total.device)
+        return release_on_grid(total, unit_noise, noise_multiplier=self.noise_multiplier, sensitivity=sensitivity)
