@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedlora.errors import ConfigError
-from fedlora.schema import Section, require_known, setting, shown
+from fedlora.schema import Section, build_section, require_known, setting, shown
 
 Scalar = bool | int | float | str
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -188,7 +188,7 @@ class RunConfig:
         for override in overrides:
             section, key, value = _parse_override(override)
             merged.setdefault(section, {})[key] = value
-        built = {section: _build_section(section, table) for section, table in merged.items()}
+        built: dict[str, Any] = {section: build_section(SECTIONS[section], table) for section, table in merged.items()}
         return cls(**built)
 
     @classmethod
@@ -242,16 +242,9 @@ class RunConfig:
         return type(self).from_mapping(self.to_mapping(), overrides)
 
 
-SECTIONS: dict[str, type] = {
-    spec.name: typing.cast(type, spec.default_factory) for spec in dataclasses.fields(RunConfig)
+SECTIONS: dict[str, type[Section]] = {
+    spec.name: typing.cast(type[Section], spec.default_factory) for spec in dataclasses.fields(RunConfig)
 }
-
-
-def _build_section(section: str, table: Mapping[str, Any]) -> Any:
-    known = {spec.name for spec in dataclasses.fields(SECTIONS[section])}
-    for key in table:
-        require_known(key, known, "key", f"{section}.{key}", prefix=f"{section}.")
-    return SECTIONS[section](**table)
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:

@@ -7,7 +7,10 @@
     │   ├── ModelError               base model, tokenizer, target modules
     │   └── RunFolderError           an output or resume folder
     ├── PrivacyError             3   budget or policy refused; nothing was trained or released
-    │   └── BudgetRefused
+    │   ├── BudgetRefused            a charge would pass what was planned or what the site allows
+    │   ├── PolicyRefused            the site's own policy does not allow what was asked
+    │   ├── LedgerUnavailable        a ledger cannot be opened, locked or written
+    │   └── LedgerBroken             a ledger whose rows were removed or altered
     ├── AdapterError             1   layouts that do not match
     ├── ProtocolError            1   a message that does not fit the round
     └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
@@ -54,6 +57,22 @@ class BudgetRefused(PrivacyError):
     """A charge would exceed what was planned or allowed."""
 
 
+class PolicyRefused(PrivacyError):
+    """The site's policy does not allow what was asked, or there is no policy to ask; `rule` names the one that did."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class LedgerUnavailable(PrivacyError):
+    """A ledger cannot be opened, locked or written, so nothing may be computed."""
+
+
+class LedgerBroken(PrivacyError):
+    """A ledger is not what was written: it counts for nothing until somebody finds out why."""
+
+
 class AdapterError(FedloraError):
     """Two sides disagree about slots, shapes or digest."""
 
@@ -66,3 +85,7 @@ class RunInterrupted(FedloraError):
 
 class ProtocolError(FedloraError):
     """A message does not belong to the round, phase or layout at hand."""
+
+
+class RoundRepeated(ProtocolError):
+    """A round that was asked for before; each is done, and charged, once."""

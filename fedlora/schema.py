@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedlora.errors import ConfigError
 
@@ -31,6 +31,13 @@ def setting(
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
+def required(
+    help: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
+    """As `setting`, for a key without a sensible default."""
+    return setting(dataclasses.MISSING, help, at_least=at_least, above=above, at_most=at_most)
+
+
 class Section:
     """Checks every field of a section against its annotation and range when it is made."""
 
@@ -46,6 +53,28 @@ class Section:
             value = _coerce(name, getattr(self, spec.name), hints[spec.name])
             _check_range(name, value, spec.metadata)
             object.__setattr__(self, spec.name, value)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def build_section(kind: type[SectionType], table: Mapping[str, Any], name: str = "") -> SectionType:
+    """A section from its table.
+
+    Args:
+        name: of the table, where it is not that of the section.
+
+    Raises:
+        ConfigError: a key is unknown, missing, of the wrong type or out of range.
+    """
+    name = name or kind.section
+    specs = dataclasses.fields(kind)  # type: ignore[arg-type]
+    for key in table:
+        require_known(key, [spec.name for spec in specs], "key", f"{name}.{key}", prefix=f"{name}.")
+    for spec in specs:
+        if spec.default is dataclasses.MISSING and spec.name not in table:
+            raise ConfigError(f"{name}.{spec.name} is missing: {spec.metadata['help']}")
+    return kind(**table)
 
 
 def require_known(name: str, known: typing.Iterable[str], kind: str, shown: str, prefix: str = "") -> None:

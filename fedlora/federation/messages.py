@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.errors import ProtocolError
+from fedlora.privacy.egress import check_facts, check_vector
 
 Facts = dict[str, Any]
 
@@ -61,18 +61,17 @@ def check_update(update: ClientUpdate, instruction: RoundInstruction, layout: Ad
     """The same gate on both sides: what leaves a site, and what a server averages.
 
     Raises:
-        ProtocolError: another run, round, phase or layout, a wrong shape or dtype, or numbers that are not finite.
+        ProtocolError: another run, round, phase or layout, a wrong shape or dtype, numbers that are not
+            finite, or a fact that is not on the list of those that may leave.
     """
     pairs = {
         "run": (update.run_id, instruction.run_id),
         "round": (update.round_index, instruction.round_index),
         "phase": (update.phase, instruction.phase),
         "layout digest": (update.layout_digest, layout.digest),
-        "shape": (tuple(update.vector.shape), (layout.size,)),
-        "dtype": (update.vector.dtype, torch.float32),
     }
     for what, (got, wanted) in pairs.items():
         if got != wanted:
             raise ProtocolError(f"update of client {update.client} has {what} {got}, wanted {wanted}; it is not used")
-    if not torch.isfinite(update.vector).all():
-        raise ProtocolError(f"update of client {update.client} has numbers that are not finite; it is not used")
+    check_vector(update.vector, layout.size, f"client {update.client}")
+    check_facts(update.facts)

@@ -18,45 +18,19 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedlora.errors import ProtocolError
-from fedlora.federation.messages import ClientUpdate, Facts, RoundInstruction
+from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.privacy.egress import Fact, check_facts, check_fields
 
 FORMAT = "fedlora-wire-1"
 MAX_HEADER_BYTES = 64 * 1024
-MAX_TEXT = 128
-MAX_PHASES = 16
 
-# The allow-list. Of a tensor it holds the number of dimensions.
-_ENVELOPE = {"run_id": str, "round_index": int, "phase": str, "layout_digest": str}
+# Beside the facts of `privacy.egress`; of a tensor, the number of dimensions.
+_TEXT, _NUMBER = Fact(str, "names the round"), Fact(int, "names the round")
+_ENVELOPE = {"run_id": _TEXT, "round_index": _NUMBER, "phase": _TEXT, "layout_digest": _TEXT}
 _VECTORS = {
     "instruction": {"theta": 1},
     "instruction+head": {"theta": 1, "weight": 2, "bias": 1},
     "update": {"vector": 1},
-}
-_PHASE_FACTS = {
-    "name": str,
-    "mechanism": str,
-    "sampling_probability": float,
-    "effective_noise_multiplier": float,
-    "sensitivity": float,
-    "num_steps": int,
-}
-_FACTS = {
-    "client": int,
-    "num_examples": int,
-    "noise_seeded": bool,
-    "unit": str,
-    "relation": str,
-    "delta": float,
-    "epsilon": float,
-    "accountant": str,
-    "sampling_probability": float,
-    "noise_multiplier": float,
-    "effective_noise_multiplier": float,
-    "num_steps": int,
-    "mechanism": str,
-    "clip_norm": float,
-    "clipping": str,
-    "phases": list,
 }
 
 
@@ -75,7 +49,7 @@ def decode_instruction(data: bytes) -> RoundInstruction:
         ProtocolError: `data` is anything else.
     """
     kind, tensors, fields = _decode(data, ("instruction", "instruction+head"))
-    _check(fields, _ENVELOPE)
+    check_fields(fields, _ENVELOPE)
     head = None
     if kind == "instruction+head":
         head = (tensors["weight"], tensors["bias"])
@@ -91,7 +65,7 @@ def encode_update(update: ClientUpdate) -> bytes:
         ProtocolError: it holds a fact that is not on the list of those that may leave a site.
     """
     fields = {key: getattr(update, key) for key in _ENVELOPE}
-    _check_facts(update.facts)
+    check_facts(update.facts)
     # JSON has no infinity, and ε = ∞ must not arrive as null.
     spelled = {"epsilon": "inf"} if math.isinf(update.facts["epsilon"]) else {}
     facts = {**update.facts, **spelled}
@@ -109,8 +83,8 @@ def decode_update(data: bytes) -> ClientUpdate:
     if not isinstance(facts, dict):
         _refuse("an update without facts")
     facts["epsilon"] = math.inf if facts.get("epsilon") == "inf" else facts.get("epsilon")
-    _check_facts(facts)
-    _check(fields, _ENVELOPE | {"client": int})
+    check_facts(facts)
+    check_fields(fields, _ENVELOPE | {"client": _NUMBER})
     if facts["client"] != fields["client"]:
         _refuse(f"facts of client {facts['client']} in an update of client {fields['client']}")
     return ClientUpdate(vector=tensors["vector"], facts=facts, **fields)
@@ -147,33 +121,6 @@ def _check_vectors(kind: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.dim() != wanted[name] or not torch.isfinite(tensor).all():
             _refuse(f"a {name} that is not {wanted[name]}-dimensional, float32 and finite")
-
-
-def _check_facts(facts: Facts) -> None:
-    _check(facts, _FACTS)
-    if len(facts["phases"]) > MAX_PHASES:
-        _refuse(f"{len(facts['phases'])} phases, wanted at most {MAX_PHASES}")
-    for phase in facts["phases"]:
-        _check(phase, _PHASE_FACTS)
-
-
-def _check(fields: Any, wanted: Mapping[str, type]) -> None:
-    """Exactly the keys of `wanted`, each of its type: short text, whole numbers >= 0, numbers >= 0 that are not NaN."""
-    if not isinstance(fields, dict) or fields.keys() != wanted.keys():
-        _refuse(f"other fields than {', '.join(wanted)}")
-    for key, kind in wanted.items():
-        value = fields[key]
-        whole = type(value) is int and 0 <= value < 2**63
-        number = type(value) is float and value >= 0 and (math.isfinite(value) or key == "epsilon")
-        usable = {
-            int: whole,
-            float: whole or number,
-            bool: type(value) is bool,
-            str: type(value) is str and len(value) <= MAX_TEXT,
-            list: type(value) is list,
-        }
-        if not usable[kind]:
-            _refuse(f"a value of {key} that is no {kind.__name__} in its range")
 
 
 def _refuse(what: str) -> NoReturn:

@@ -102,12 +102,46 @@ def epsilon(charges: Sequence[Charge], delta: float, accountant: str = "pld") ->
     return _epsilon_of_merged(merged(charges), delta, accountant)
 
 
+def epsilon_with(earlier: Sequence[Charge], new: Sequence[Charge], delta: float, *, enough: float = -math.inf) -> float:
+    """Upper bound on ε of `earlier` releases and `new` ones, for one who pays round by round.
+
+    What it composes of `earlier` is remembered in this process, so that the next round of the same kind costs one more
+    composition. No disk is read.
+
+    Args:
+        earlier: charged so far; the kind that changes most often should come last.
+        new: to be charged now.
+        delta: 0 < δ < 1.
+        enough: any bound at or below it will do, and the cheapest that shows it is returned.
+
+    Returns:
+        ε >= 0 by the "pld" accountant; infinity where a release adds no noise.
+
+    Raises:
+        ConfigError: δ is out of range.
+    """
+    check_delta(delta)
+    kinds = [(charge.sampling_probability, charge.noise_multiplier) for charge in new]
+    recent = [charge for charge in earlier if (charge.sampling_probability, charge.noise_multiplier) in kinds]
+    rest = [charge for charge in earlier if (charge.sampling_probability, charge.noise_multiplier) not in kinds]
+    charges = (*merged(rest), *merged([*recent, *new]))
+    if not charges:
+        return 0.0
+    if any(map(_is_open, charges)):
+        return math.inf
+    bound = _rdp_epsilon(charges, delta)
+    if bound <= enough or not _within_reach(charges, delta):
+        return bound
+    rough = _pld_on_grid(charges, delta - _delta_lost(charges), _rough_interval(charges))
+    return min(bound, rough) if rough <= enough else min(bound, _refine(charges, delta - _delta_lost(charges))[0])
+
+
 def rough_epsilon(charges: Sequence[Charge], delta: float, accountant: str = "pld") -> float:
     """ε within a few percent in a few milliseconds, to steer a search and never to promise anything."""
     priced = merged(charges)
     if accountant != "pld" or not priced or any(map(_is_open, priced)) or not _on_one_grid(priced, delta):
         return epsilon(charges, delta, accountant)
-    return _pld_on_grid(priced, delta - _delta_lost(priced), _first_interval(priced, _ROUGH_POINTS))
+    return _pld_on_grid(priced, delta - _delta_lost(priced), _rough_interval(priced))
 
 
 def epsilon_curve(per_round: Sequence[Sequence[Charge]], delta: float, accountant: str = "pld") -> list[float]:
@@ -197,9 +231,13 @@ def _pld_epsilon(charges: Merged, delta: float) -> float:
     lost = _delta_lost(charges)
     if _on_one_grid(charges, delta):
         return _refine(charges, delta - lost)[0]
-    within_reach = lost < delta and _finest_interval(charges) <= _COARSEST_INTERVAL
-    bound = _refine(charges, delta - lost)[0] if within_reach else math.inf
+    bound = _refine(charges, delta - lost)[0] if _within_reach(charges, delta) else math.inf
     return min(bound, _rdp_epsilon(charges, delta))
+
+
+def _within_reach(charges: Merged, delta: float) -> bool:
+    """Whether a PLD says anything: some of δ is left after rounding, and a step's grid has a bearable size."""
+    return _delta_lost(charges) < delta and _finest_interval(charges) <= _COARSEST_INTERVAL
 
 
 def _on_one_grid(charges: Merged, delta: float) -> bool:
@@ -229,6 +267,14 @@ def _pld_on_grid(charges: Merged, delta: float, interval: float) -> float:
 
 
 def _compose(charges: Merged, interval: float) -> Any:
+    *earlier, last = charges
+    block = _block(last, interval)
+    return _compose_all(tuple(earlier), interval).compose(block) if earlier else block
+
+
+@functools.lru_cache(maxsize=8)
+def _compose_all(charges: Merged, interval: float) -> Any:
+    """As `_compose`, remembered: in a ledger only the last block grows."""
     return functools.reduce(lambda left, right: left.compose(right), (_block(charge, interval) for charge in charges))
 
 
@@ -297,6 +343,10 @@ def _first_interval(charges: Merged, points: int) -> float:
     return max(min(_power_of_two(_typical_loss(charges) / 4), _COARSEST_INTERVAL), _interval_for(charges, points))
 
 
+def _rough_interval(charges: Merged) -> float:
+    return _first_interval(charges, _ROUGH_POINTS)
+
+
 def _finest_interval(charges: Merged) -> float:
     """Interval below which nothing is gained, or a step's PLD has too many points to be worth it."""
     return max(_FINEST_INTERVAL, _interval_for(charges, _MOST_POINTS))
@@ -330,7 +380,7 @@ def _orders() -> tuple[float, ...]:
     return (*rdp.DEFAULT_RDP_ORDERS, 2048.0, 4096.0, 8192.0)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _rdp_of_step(sampling_probability: float, noise_multiplier: float) -> np.ndarray[Any, Any]:
     from dp_accounting import rdp
 

@@ -1,0 +1,201 @@
+"""A site's policy: what its owner allows, read from the owner's own disk. Whoever asks can be stricter, never looser.
+
+    [site]      ledger = "ledger.sqlite"           # beside this file
+    [limits]    smallest_noise_multiplier = 0.4, largest_clip_norm = 2.0, most_steps_per_round = 50
+    [allow]     methods = ["ffa"], mechanisms = ["gaussian"], phases = ["prototype", "finetune"]
+    [models]    "sentence-transformers/all-MiniLM-L6-v2" = "<SHA-256 of its weights>"
+    [data.ward] task = "sst2", source = "/srv/ward", max_epsilon = 6.0, max_delta = 1e-6, public_size = "exact"
+
+It fails closed: a missing file, an unknown key or a value out of range refuses every run. A refusal names its rule at
+the site; the server learns no more than that it was refused. No torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from fedlora.config import RunConfig, Task
+from fedlora.errors import ConfigError, PolicyRefused
+from fedlora.privacy.ledger import Cap
+from fedlora.schema import Section, build_section, require_known, required, setting, shown
+
+if TYPE_CHECKING:
+    from fedlora.privacy.plan import PrivacyPlan
+
+_TABLES = ("site", "limits", "allow", "models", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSection(Section, section="site"):
+    ledger: str = setting("ledger.sqlite", "the site's ledger; a relative path starts at the policy's folder")
+    device: str = setting("auto", "what this site computes on: auto, cpu, cuda, cuda:1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(Section, section="limits"):
+    smallest_noise_multiplier: float = setting(0.4, "effective σ of every phase, at least", above=0)
+    largest_clip_norm: float = setting(10.0, "L2 bound of one record's gradient, at most", above=0)
+    most_steps_per_round: int = setting(100, "private steps between two releases, at most", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow(Section, section="allow"):
+    methods: tuple[str, ...] = setting(("ffa",), "adapter.method")
+    mechanisms: tuple[str, ...] = setting(("gaussian",), "privacy.mechanism")
+    noise: tuple[str, ...] = setting(("host",), "engine.noise: host is a cipher, device a faster counter generator")
+    phases: tuple[str, ...] = setting(("prototype", "finetune"), "what may leave, by phase: also evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPolicy(Section, section="data"):
+    """One data set of the site. All but the size must be given."""
+
+    task: Task = required("the GLUE task whose columns and labels it has")
+    source: str = required("folder it lies in; the run's own data.source is not looked at")
+    max_epsilon: float = required("the most that all runs together may spend", above=0)
+    max_delta: float = required("δ of that budget; a run's own can be smaller", above=0, at_most=0.5)
+    public_size: int | Literal["exact"] = setting(
+        "exact", "exact: n leaves with every update | a number to plan with in place of n, which then stays", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """What this site allows."""
+
+    path: Path
+    site: SiteSection
+    limits: Limits
+    allow: Allow
+    models: Mapping[str, str]
+    """SHA-256 of the weights by model name, as `ModelSource.digest` gives it."""
+    data: Mapping[str, DataPolicy]
+    """By the site's own name for the data set."""
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a policy.
+
+        Raises:
+            PolicyRefused: there is none at `path`, or anything in it is not as it should be.
+        """
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls._from_tables(path, tables)
+        except OSError as error:
+            raise PolicyRefused("policy", f"cannot read the policy {path}: {error.strerror}; nothing runs") from error
+        except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PolicyRefused("policy", f"the policy {path} is broken: {error}; nothing runs") from error
+
+    @classmethod
+    def _from_tables(cls, path: Path, tables: Mapping[str, Any]) -> Self:
+        for name, table in tables.items():
+            require_known(name, _TABLES, "section", f"[{name}]")
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{name} is {shown(table)}, wanted a table; write [{name}] above its keys")
+        models, data = tables.get("models", {}), tables.get("data", {})
+        for name, digest in models.items():
+            if not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
+                raise ConfigError(f'models."{name}" = {shown(digest)}, wanted the SHA-256 of its weights in hex')
+        if not data:
+            raise ConfigError("there is no [data.NAME]; name at least one data set")
+        for name, table in data.items():
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"data.{name} is {shown(table)}, wanted a table; write [data.NAME] above its keys")
+        return cls(
+            path=path,
+            site=build_section(SiteSection, tables.get("site", {})),
+            limits=build_section(Limits, tables.get("limits", {})),
+            allow=build_section(Allow, tables.get("allow", {})),
+            models=dict(models),
+            data={name: build_section(DataPolicy, table, f"data.{name}") for name, table in data.items()},
+        )
+
+    @property
+    def ledger(self) -> Path:
+        return self.path.parent / self.site.ledger
+
+    def data_set(self, task: str) -> tuple[str, DataPolicy]:
+        """Name and policy of the data set for `task`.
+
+        Raises:
+            PolicyRefused: there is none, or more than one.
+        """
+        found = [(name, entry) for name, entry in self.data.items() if entry.task == task]
+        if len(found) != 1:
+            raise PolicyRefused(
+                "data", f"the policy {self.path} has {len(found)} data sets for task {task}, wanted one"
+            )
+        return found[0]
+
+    def cap(self, task: str) -> Cap:
+        _, data = self.data_set(task)
+        return Cap(epsilon=data.max_epsilon, delta=data.max_delta)
+
+    def localised(self, config: RunConfig) -> RunConfig:
+        """`config` with what only the site decides: where its records lie and what it computes on."""
+        _, data = self.data_set(config.data.task)
+        return config.with_overrides(f"data.source={shown(data.source)}", f"run.device={shown(self.site.device)}")
+
+    def check_config(self, config: RunConfig) -> None:
+        """Refuse what can be told from the configuration alone, before a record or a model is touched.
+
+        Raises:
+            PolicyRefused: naming the rule.
+        """
+        privacy = config.privacy
+        _, data = self.data_set(config.data.task)
+        _member("methods", "adapter.method", config.adapter.method, self.allow.methods)
+        _member("mechanisms", "privacy.mechanism", privacy.mechanism, self.allow.mechanisms)
+        _member("noise", "engine.noise", config.engine.noise, self.allow.noise)
+        _member("models", "model.name", config.model.name, tuple(self.models))
+        _at_most("data.max_epsilon", "privacy.epsilon", privacy.epsilon, data.max_epsilon)
+        _at_most("data.max_delta", "privacy.delta", privacy.delta, data.max_delta)
+        _at_most("limits.largest_clip_norm", "privacy.clip_norm", privacy.clip_norm, self.limits.largest_clip_norm)
+        steps, most = config.federation.local_steps, self.limits.most_steps_per_round
+        _at_most("limits.most_steps_per_round", "federation.local_steps", steps, most)
+        if privacy.seeded_noise or config.unsound:
+            key = "privacy.seeded_noise" if privacy.seeded_noise else "privacy.gredp_noise = real"
+            raise PolicyRefused("sound", f"{key} protects nothing; no site with a policy takes part")
+
+    def check_model(self, name: str, digest: str) -> None:
+        """Refuse weights other than those the policy names.
+
+        Raises:
+            PolicyRefused: with both digests, so that the owner can compare and allow.
+        """
+        if self.models.get(name) != digest:
+            raise PolicyRefused(
+                "models",
+                f"model {name} has weights {digest}, the policy allows {self.models.get(name)}; "
+                f"if they are meant, put them under [models] in {self.path}",
+            )
+
+    def check_plan(self, plan: PrivacyPlan) -> None:
+        """Refuse a plan with a phase that may not leave, or with less noise than the site wants.
+
+        Raises:
+            PolicyRefused: naming the rule.
+        """
+        for phase in plan.phases:
+            _member("phases", "phase", phase.name, self.allow.phases)
+            noise, least = phase.mechanism.effective_noise_multiplier, self.limits.smallest_noise_multiplier
+            if not noise >= least:
+                raise PolicyRefused(
+                    "limits.smallest_noise_multiplier",
+                    f"phase {phase.name} has noise multiplier {noise:.4g}, the policy wants at least {least:g}",
+                )
+
+
+def _member(rule: str, what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PolicyRefused(rule, f"{what} = {shown(value)}, the policy allows {', '.join(allowed) or 'none'}")
+
+
+def _at_most(rule: str, what: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise PolicyRefused(rule, f"{what} = {value:g}, the policy allows at most {most:g}")
