@@ -16,6 +16,7 @@ from torch import Tensor
 from fedlora.config import TrainingConfig
 from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, NoFilter, make_filter
 from fedlora.engine.training import TrainedRow, TrainingJob, train
+from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.plan import PhasePlan, make_plan
 from fedlora.randomness import SecretRoot
 
@@ -38,7 +39,9 @@ def make_jobs(phase: PhasePlan, parts: Sequence[np.ndarray]) -> list[TrainingJob
     """Jobs with the streams that client 0, 1, … always gets, whoever trains beside it."""
     root = SecretRoot.seeded(3)
     return [
-        TrainingJob(records=part, phase=phase, sampling=root.numpy("s", client), noise=root.numpy("n", client))
+        TrainingJob(
+            records=part, phase=phase, sampling=root.numpy("s", client), noise=HostNoise(root.numpy("n", client))
+        )
         for client, part in enumerate(parts)
     ]
 
@@ -99,7 +102,8 @@ def test_a_filter_draws_nothing_and_changes_no_charge(
     jobs, others = (make_jobs(make_phase(0.5, SIGMA, CLIP), [np.arange(9)]) for _ in range(2))
     run(backend, jobs, torch.zeros(6), training(name))
     run(backend, others, torch.zeros(6), training("none"))
-    assert jobs[0].noise.random() == others[0].noise.random()
+    streams = [job.noise.generator for job in (jobs[0], others[0])]  # type: ignore[attr-defined]
+    assert streams[0].random() == streams[1].random()
     assert jobs[0].sampling.random() == others[0].sampling.random()
     plans = [
         make_plan(tiny_config(f"training.noise_filter={which}"), num_examples=80, num_rounds=2, client=0)
@@ -172,8 +176,8 @@ def test_james_stein_shrinks_a_slot_by_the_share_of_its_energy_that_is_noise(
     """
     # One record far inside the clip norm; noise of std 0.5 on its mean gradient.
     clip, std, n = 1e6, 0.5, 20_000
-    signal = torch.cat([torch.full((n,), std), torch.full((n,), 2 * std), torch.zeros(n), torch.full((2,), std)])
-    sizes = (n, n, n, 2)
+    signal = torch.cat([torch.full((n,), std), torch.full((n,), 2 * std), torch.zeros(n), torch.full((1,), std)])
+    sizes = (n, n, n, 1)
     backend = table_backend(BATCH * signal.unsqueeze(0), sizes)
     steps = []
     for name in ("none", "james_stein"):
