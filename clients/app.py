@@ -11,19 +11,21 @@ import functools
 import logging
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, FedloraError, ProtocolError
+from fedlora.errors import ConfigError, FedloraError, PolicyRefused, ProtocolError
 from fedlora.experiments.record import code_digest
 
 if TYPE_CHECKING:
     from fedlora.data.encode import EncodedDataset
     from fedlora.federation.cohort import Cohort
-    from fedlora.federation.workbench import SimulatedData, Workbench
+    from fedlora.federation.sites import TrainingData
+    from fedlora.federation.workbench import Workbench
 
 Handler = Callable[[Message, Context], RecordDict]
 
@@ -66,7 +68,7 @@ def train(message: Message, context: Context) -> RecordDict:
 
     config = RunConfig.from_flower(context.run_config)
     instruction = wire.decode_instruction(_unpack(message))
-    cohort = _cohort(config, context.run_id, _client(context, config))
+    cohort = _cohort(config, context.run_id, _client(context, config), _policy_file(context))
     (site,) = cohort.sites
     if "site" in context.state:
         memory.recall(site, bytes(context.state["site"]["memory"].data))  # type: ignore[union-attr]
@@ -80,23 +82,59 @@ def train(message: Message, context: Context) -> RecordDict:
 
 
 @functools.lru_cache(maxsize=1024)
-def _cohort(config: RunConfig, run_id: int, client: int) -> Cohort:
-    """A cohort of one, kept as long as this process lives: the key names the run, since a site belongs to one."""
-    from fedlora.federation.cohort import Cohort
-    from fedlora.federation.workbench import make_site
+def _cohort(config: RunConfig, run_id: int, client: int, policy_file: str | None) -> Cohort:
+    """A cohort of one, kept as long as this process lives: the key names the run, since a site belongs to one.
 
-    workbench, data, encoded = _shared(config)
-    site = make_site(config, data, workbench.schedule, client)
-    return Cohort(workbench=workbench, dataset=encoded, sites=[site])
+    Raises:
+        PolicyRefused: by the site's policy, before its records or a model are touched.
+    """
+    from fedlora.federation.cohort import Cohort
+    from fedlora.federation.schedule import make_schedule
+    from fedlora.federation.sites import encode_training_data, load_own_data, localised, make_site
+    from fedlora.federation.workbench import build_workbench
+    from fedlora.privacy.ledger import Ledger
+    from fedlora.privacy.policy import SitePolicy
+
+    if policy_file is None:
+        workbench, data, encoded = _simulated(config)
+        site = make_site(config, data, workbench.schedule, client)
+        return Cohort(workbench=workbench, dataset=encoded, sites=[site], ledger=Ledger.in_memory())
+    policy = SitePolicy.from_toml(Path(policy_file))
+    config = localised(config, policy)
+    data = load_own_data(config, client)
+    site = make_site(config, data, make_schedule(config), client, policy)
+    workbench, ledger = build_workbench(config), Ledger.open(policy.ledger)
+    return Cohort(workbench=workbench, dataset=encode_training_data(workbench, data), sites=[site], ledger=ledger)
 
 
 @functools.lru_cache(maxsize=1)
-def _shared(config: RunConfig) -> tuple[Workbench, SimulatedData, EncodedDataset]:
-    """Base model and encoded records: what is dear to build and the same for every site in this process."""
-    from fedlora.federation.workbench import build_workbench, encode_training_data, load_simulated_data
+def _simulated(config: RunConfig) -> tuple[Workbench, TrainingData, EncodedDataset]:
+    """Base model and encoded records: what is dear to build and the same for every simulated site in this process."""
+    from fedlora.federation.sites import encode_training_data, load_simulated_data
+    from fedlora.federation.workbench import build_workbench
 
     workbench, data = build_workbench(config), load_simulated_data(config)
     return workbench, data, encode_training_data(workbench, data)
+
+
+def _policy_file(context: Context) -> str | None:
+    """The site's policy, which whoever started this node names; None only for a node of a simulation.
+
+    Both come from the node's own configuration. No message from a server can change it.
+
+    Raises:
+        PolicyRefused: this is no simulated node and it names no policy.
+    """
+    policy = context.node_config.get("policy")
+    if isinstance(policy, str):
+        return policy
+    if policy is None and "num-partitions" in context.node_config:  # given by Flower's simulation engine
+        return None
+    raise PolicyRefused(
+        "policy",
+        "this node names no policy, so it takes part in nothing; start it with "
+        """--node-config 'partition-id=… policy="/path/to/site.toml"'""",
+    )
 
 
 def _client(context: Context, config: RunConfig) -> int:

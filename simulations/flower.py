@@ -29,7 +29,7 @@ from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import Progress, run_server
 from fedlora.federation.schedule import make_schedule
-from fedlora.federation.workbench import load_simulated_data, make_sites
+from fedlora.federation.sites import load_simulated_data, make_sites
 
 # Nothing here calls home. Read when flwr and ray are imported, in this process and in theirs.
 os.environ |= {

@@ -104,12 +104,14 @@ class Federation:
     workbench: Any
     dataset: EncodedDataset
     sites: list[Any]
+    ledger: Any
 
     def exchange(self, instruction: Any, clients: tuple[int, ...]) -> list[Any]:
         from fedlora.federation.cohort import Cohort
 
         asked = [site for site in self.sites if site.client in clients]
-        return [*Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked).run(instruction)]
+        cohort = Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked, ledger=self.ledger)
+        return [*cohort.run(instruction)]
 
     def server(self, transport: Any = None, on_round: Any = None, evaluate: Any = None) -> Any:
         from fedlora.federation.server import Server
@@ -145,7 +147,9 @@ class Federation:
 @pytest.fixture(scope="session")
 def make_federation(tiny_config: Callable[..., RunConfig]) -> Callable[..., Federation]:
     """`make_federation("section.key=value", …)` prepares the run of `tiny_config(…)`, anew each time."""
-    from fedlora.federation.workbench import build_workbench, encode_training_data, load_simulated_data, make_sites
+    from fedlora.federation.sites import encode_training_data, load_simulated_data, make_sites
+    from fedlora.federation.workbench import build_workbench
+    from fedlora.privacy.ledger import Ledger
 
     def make(*overrides: str, **how: Any) -> Federation:
         config = tiny_config(*overrides, **how)
@@ -156,6 +160,7 @@ def make_federation(tiny_config: Callable[..., RunConfig]) -> Callable[..., Fede
             workbench=workbench,
             dataset=encode_training_data(workbench, data),
             sites=make_sites(config, data, workbench.schedule),
+            ledger=Ledger.in_memory(),
         )
 
     return make

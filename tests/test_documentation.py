@@ -84,7 +84,8 @@ def test_every_command_in_the_documents_parses(document: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=relative)
 def test_a_recipe_builds_with_a_tiny_model(recipe: Path, tiny_model: Callable[..., Path]) -> None:
-    from fedlora.federation.workbench import build_workbench, load_simulated_data, make_sites
+    from fedlora.federation.sites import load_simulated_data, make_sites
+    from fedlora.federation.workbench import build_workbench
 
     config = RunConfig.from_toml(recipe)
     assert config != RunConfig(), "a recipe says something"

@@ -12,6 +12,7 @@ from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
+    from fedlora.privacy.policy import SitePolicy
 
 
 def simulate(
@@ -19,6 +20,7 @@ def simulate(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")] = None,
     out: Annotated[Path | None, typer.Option(help="run folder, new or empty")] = None,
     transport: Annotated[str | None, typer.Option(help="cohort (this process) or flower (its engine)")] = None,
+    policy: Annotated[Path | None, typer.Option(help="site.toml that every simulated site obeys and charges")] = None,
     resume: Annotated[Path | None, typer.Option(help="run folder of an interrupted run to go on with")] = None,
 ) -> None:
     """Run a federation on this machine: private training, accuracy on public data, adapter in PEFT format."""
@@ -27,12 +29,13 @@ def simulate(
             raise ConfigError(
                 "--resume goes on with a run as it was configured; give no recipe, --set, --out or --transport"
             )
-        _resume(resume)
+        _resume(resume, policy)
         return
     config = _read_config(recipe, overrides or [], out, transport)
     from fedlora.experiments.progress import TerminalProgress
 
     if config.run.transport == "flower":
+        _refuse_policy_under_flower(policy)
         from fedlora.experiments.flower_process import simulate_under_flower
 
         finished = simulate_under_flower(config)
@@ -40,14 +43,15 @@ def simulate(
         from fedlora.experiments.simulate import simulate as run
 
         with TerminalProgress() as progress:
-            finished = run(config, progress)
+            finished = run(config, progress, _read_policy(policy))
     _print_result(finished)
 
 
-def _resume(folder: Path) -> None:
+def _resume(folder: Path, policy_file: Path | None) -> None:
     from fedlora.experiments.run_folder import RunFolder
 
     if RunFolder.open(folder).read_config().run.transport == "flower":
+        _refuse_policy_under_flower(policy_file)
         from fedlora.experiments.flower_process import run_under_flower
 
         run_under_flower(folder)
@@ -56,8 +60,22 @@ def _resume(folder: Path) -> None:
         from fedlora.experiments.simulate import resume
 
         with TerminalProgress() as progress:
-            resume(folder, progress)
+            resume(folder, progress, _read_policy(policy_file))
     _print_result(folder)
+
+
+def _read_policy(path: Path | None) -> SitePolicy | None:
+    from fedlora.privacy.policy import SitePolicy
+
+    return SitePolicy.from_toml(path) if path else None
+
+
+def _refuse_policy_under_flower(policy: Path | None) -> None:
+    if policy is not None:
+        raise ConfigError(
+            "--policy is for the cohort transport; under Flower every node names its own: "
+            """--node-config 'policy="/path/to/site.toml"'"""
+        )
 
 
 def _read_config(recipe: Path | None, overrides: list[str], out: Path | None, transport: str | None) -> RunConfig:

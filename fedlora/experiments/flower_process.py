@@ -18,7 +18,7 @@ from fedlora.errors import FedloraError, InputError
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import resolve
 from fedlora.federation.schedule import make_schedule
-from fedlora.federation.workbench import load_simulated_data, make_sites
+from fedlora.federation.sites import load_simulated_data, make_sites
 
 CHECKOUT = Path(fedlora.__file__).parent.parent
 

@@ -2,6 +2,7 @@
 
 config.toml   as resolved         rounds.jsonl   one object per round       curve.png
 record.json   the whole account   adapter/       in PEFT format             checkpoint.safetensors   while it runs
+ledger.sqlite what each simulated site was charged
 """
 
 from __future__ import annotations
@@ -144,6 +145,11 @@ class RunFolder:
     @property
     def asked_file(self) -> Path:
         return self.path / "asked"
+
+    @property
+    def ledger_file(self) -> Path:
+        """What the simulated sites were charged; not there where they obey a policy, which names its own."""
+        return self.path / "ledger.sqlite"
 
     @property
     def adapter_folder(self) -> Path:

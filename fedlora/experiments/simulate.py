@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,14 +35,11 @@ from fedlora.federation.server import (
     initial_state,
 )
 from fedlora.federation.site import Site
-from fedlora.federation.workbench import (
-    Workbench,
-    build_workbench,
-    encode_training_data,
-    load_simulated_data,
-    make_sites,
-)
+from fedlora.federation.sites import encode_training_data, load_simulated_data, localised, make_sites
+from fedlora.federation.workbench import Workbench, build_workbench
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.plan import PROTOTYPE
+from fedlora.privacy.policy import SitePolicy
 from fedlora.privacy.units import Guarantee
 from fedlora.randomness import PublicSeed
 
@@ -61,41 +59,50 @@ class CohortTransport:
     workbench: Workbench
     dataset: EncodedDataset
     sites: Sequence[Site]
+    ledger: Ledger
 
     def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
         asked = [site for site in self.sites if site.client in clients]
-        return [*Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked).run(instruction)]
+        cohort = Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked, ledger=self.ledger)
+        return [*cohort.run(instruction)]
 
 
-def simulate(config: RunConfig, progress: Progress) -> Path:
+def simulate(config: RunConfig, progress: Progress, policy: SitePolicy | None = None) -> Path:
     """Run `config` in this process; everything is checked before the run folder is made.
+
+    Args:
+        policy: that every simulated site obeys, and whose ledger they charge; without one, their plans are the only
+            limit and the ledger lies in the run folder.
 
     Returns:
         The run folder.
 
     Raises:
         InputError: anything the user can correct; nothing was written.
-        BudgetRefused: the asked ε cannot be met; nothing was written.
+        PrivacyError: the asked ε cannot be met, or the policy refuses; nothing was written.
     """
     RunFolder.check_free(config)
-    transport, evaluator = _prepare(config)
-    workbench = transport.workbench
-    folder = RunFolder.create(workbench.config)
-    run_server(workbench.config, folder, workbench, transport, transport.sites, progress, evaluator)
+    prepared = _prepare(config, policy)
+    folder = RunFolder.create(prepared.workbench.config)
+    _run_cohort(prepared, folder, progress, policy)
     return folder.path
 
 
-def resume(path: Path, progress: Progress) -> Path:
+def resume(path: Path, progress: Progress, policy: SitePolicy | None = None) -> Path:
     """Go on with an interrupted run of the cohort transport after its last whole round.
 
     Raises:
-        RunFolderError: there is nothing at `path` to go on with.
+        RunFolderError: there is nothing at `path` to go on with, or it was run under a policy and now is not.
     """
     folder = RunFolder.open(path)
     config = folder.read_config()
+    if folder.ledger_file.is_file() != (policy is None):
+        raise RunFolderError(
+            f"cannot resume {path}: it was begun {'without' if policy else 'under'} a policy; "
+            f"{'leave --policy out' if policy else 'name the same one with --policy'}"
+        )
     with folder.resumable():
-        transport, evaluator = _prepare(config)
-        run_server(config, folder, transport.workbench, transport, transport.sites, progress, evaluator)
+        _run_cohort(_prepare(config, policy), folder, progress, policy)
     return folder.path
 
 
@@ -110,13 +117,29 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def _prepare(config: RunConfig) -> tuple[CohortTransport, Evaluator]:
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    workbench: Workbench
+    dataset: EncodedDataset
+    sites: Sequence[Site]
+    evaluator: Evaluator
+
+
+def _prepare(config: RunConfig, policy: SitePolicy | None) -> _Prepared:
     """All that a run needs, so that nothing the user can correct is left to be found later; cheap mistakes first."""
+    config = localised(config, policy)
     data = load_simulated_data(config)
-    sites = make_sites(config, data, make_schedule(config))
+    sites = make_sites(config, data, make_schedule(config), policy)
     workbench = build_workbench(resolve(config))
     dataset = encode_training_data(workbench, data)
-    return CohortTransport(workbench=workbench, dataset=dataset, sites=sites), Evaluator(workbench)
+    return _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench))
+
+
+def _run_cohort(prepared: _Prepared, folder: RunFolder, progress: Progress, policy: SitePolicy | None) -> None:
+    workbench, sites = prepared.workbench, prepared.sites
+    with closing(Ledger.open(policy.ledger if policy else folder.ledger_file)) as ledger:
+        transport = CohortTransport(workbench=workbench, dataset=prepared.dataset, sites=sites, ledger=ledger)
+        run_server(workbench.config, folder, workbench, transport, sites, progress, prepared.evaluator, ledger)
 
 
 def run_server(
@@ -127,12 +150,14 @@ def run_server(
     sites: Sequence[Site],
     progress: Progress,
     evaluator: Evaluator | None = None,
+    ledger: Ledger | None = None,
 ) -> None:
     """Do the rounds that `folder` does not have yet and write what a run leaves behind.
 
     Args:
         sites: those of this process, whose optimiser state goes into the checkpoint; empty where sites live elsewhere.
         evaluator: where the caller has made one already.
+        ledger: of the sites in this process; rounds that died with an earlier one are done anew, and stay counted.
 
     Raises:
         RunFolderError: what is in the folder is no state of this run, or another process goes on with it.
@@ -140,7 +165,7 @@ def run_server(
         FedloraError: the run failed.
     """
     with folder.resumable(), folder.claimed():
-        _run_rounds(config, folder, workbench, transport, sites, progress, evaluator or Evaluator(workbench))
+        _run_rounds(config, folder, workbench, transport, sites, progress, evaluator or Evaluator(workbench), ledger)
 
 
 def _run_rounds(
@@ -151,9 +176,12 @@ def _run_rounds(
     sites: Sequence[Site],
     progress: Progress,
     evaluator: Evaluator,
+    ledger: Ledger | None,
 ) -> None:
     clock = time.perf_counter()
     state = _state_to_go_on_from(config, folder, workbench, sites)
+    if ledger is not None:
+        ledger.abandon(state.run_id, from_round=state.next_round)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
     if not sites and config.private and not config.privacy.seeded_noise:
         _give_up_asked_round(folder, workbench, state)

@@ -16,6 +16,7 @@ from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_up
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
 from fedlora.privacy.plan import PROTOTYPE
 
@@ -31,13 +32,16 @@ class Cohort:
     workbench: Workbench
     dataset: EncodedDataset
     sites: Sequence[Site]
+    ledger: Ledger
 
     def run(self, instruction: RoundInstruction) -> list[ClientUpdate]:
-        """One round of every site: admit and count, compute, noise, check what leaves.
+        """One round of every site: check, charge, compute, noise, check what leaves.
 
         Raises:
             ProtocolError: the instruction fits no round of a site or another layout; nothing is spent or trained.
             AdapterError: its head does not fit the classifier; nothing is spent or trained.
+            BudgetRefused: a site's ledger does not grant the round; nothing is spent or trained.
+            LedgerUnavailable, LedgerBroken: a charge cannot be written; nothing is trained.
         """
         layout = self.workbench.payload_layout(instruction.phase)
         if instruction.layout_digest != layout.digest:
@@ -56,17 +60,19 @@ class Cohort:
                 f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, wanted what sound training reaches; "
                 "lower training.learning_rate if this is your own run"
             )
-        for site in self.sites:
-            site.scheduled(instruction)  # one refusal, and no site has spent its round
+        requests = [site.request(instruction) for site in self.sites]  # one refusal, and no site has spent its round
         if instruction.head is not None:
             self.workbench.classifier.set_head(*instruction.head)
+        reservations = self.ledger.reserve(requests)  # on disk before the first private step
         entries = [site.admit(instruction) for site in self.sites]
         compute = self._prototypes if instruction.phase == PROTOTYPE else self._train
         vectors = compute(instruction, entries[0])
-        return [
+        updates = [
             self._update(site, entry, instruction, vector)
             for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
         ]
+        self.ledger.settle(reservations)
+        return updates
 
     def _update(self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor) -> ClientUpdate:
         layout = self.workbench.payload_layout(instruction.phase)

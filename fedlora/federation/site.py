@@ -5,7 +5,7 @@ The server asks; the site looks into its own copy of the public schedule and doe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,8 @@ from fedlora.engine.training import OptimizerState
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import Facts, RoundInstruction
 from fedlora.federation.schedule import ScheduledRound
-from fedlora.privacy.accounting import epsilon_curve
+from fedlora.privacy.accounting import Charge, epsilon_curve
+from fedlora.privacy.ledger import Cap, DataSet, Request
 from fedlora.privacy.plan import PrivacyPlan
 from fedlora.randomness import SecretRoot
 
@@ -30,8 +31,14 @@ class Site:
     schedule: tuple[ScheduledRound, ...]
     """The rounds this site takes part in."""
     secret: SecretRoot = field(repr=False)
-    fingerprint: str = field(default="", repr=False)
-    """Of its records: who knows all but one of them could test the last, so it never leaves the site."""
+    data_set: DataSet = field(repr=False)
+    """Whose budget it spends. Who knows all records but one could test the last by the fingerprint: it never leaves."""
+    cap: Cap | None = None
+    """The most that all runs on these records may spend; None in a simulation, where the plan is the only limit."""
+    public_size: int | None = None
+    """The number of records, where it may be told."""
+    run_id: str | None = None
+    """The run that it takes part in, once it has done a round of it."""
     next_round: int = 0
     """Rounds before this one are over: answered, or given up and still counted."""
     optimizer_state: OptimizerState | None = field(default=None, repr=False)
@@ -40,8 +47,10 @@ class Site:
         """The round that `instruction` asks for. Spends nothing.
 
         Raises:
-            ProtocolError: the round is not scheduled for this site, is over, or names another phase.
+            ProtocolError: the round is of another run, not scheduled for this site, over, or names another phase.
         """
+        if self.run_id not in (None, instruction.run_id):
+            raise ProtocolError(f"client {self.client} takes part in another run, and only in that")
         entry = next((entry for entry in self.schedule if entry.index == instruction.round_index), None)
         if entry is None or entry.phase != instruction.phase:
             raise ProtocolError(
@@ -52,10 +61,36 @@ class Site:
             raise ProtocolError(f"client {self.client} has already done round {entry.index}; each round is done once")
         return entry
 
+    def request(self, instruction: RoundInstruction) -> Request:
+        """What the ledger has to grant before the round: its cost, with what the rest of the run will cost in view.
+
+        Raises:
+            ProtocolError: as `scheduled`.
+        """
+        this, *later = [entry for entry in self.schedule if entry.index >= self.scheduled(instruction).index]
+        return Request(
+            data_set=self.data_set,
+            charge=self._charge(this),
+            outlook=tuple(self._charge(entry) for entry in later),
+            run=instruction.run_id,
+            round_index=this.index,
+            purpose=this.phase,
+            cap=self.cap,
+        )
+
+    def _charge(self, entry: ScheduledRound) -> Charge:
+        """Noise that anyone can repeat protects nothing, whatever the plan says."""
+        charge = self.plan[entry.phase].charge(entry.num_steps)
+        return replace(charge, noise_multiplier=0.0) if self.secret.is_seeded else charge
+
     def admit(self, instruction: RoundInstruction) -> ScheduledRound:
-        """Count the round as spent and return it; called before anything private is computed. Raises as `scheduled`."""
+        """Count the round as over and return it; called when it is charged, before anything private is computed.
+
+        Raises:
+            ProtocolError: as `scheduled`.
+        """
         entry = self.scheduled(instruction)
-        self.next_round = entry.index + 1
+        self.run_id, self.next_round = instruction.run_id, entry.index + 1
         return entry
 
     def facts(self, entry: ScheduledRound) -> Facts:
@@ -63,8 +98,8 @@ class Site:
         done = [past for past in self.schedule if past.index <= entry.index]
         steps = {phase.name: sum(p.num_steps for p in done if p.phase == phase.name) for phase in self.plan.phases}
         facts = self.plan.describe(steps, spent=self._epsilon_after[entry.index])
-        own = {"client": self.client, "num_examples": len(self.records), "noise_seeded": self.secret.is_seeded}
-        return own | facts
+        size = {} if self.public_size is None else {"num_examples": self.public_size}
+        return {"client": self.client, **size, "noise_seeded": self.secret.is_seeded} | facts
 
     @cached_property
     def _epsilon_after(self) -> dict[int, float]:

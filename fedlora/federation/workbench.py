@@ -1,4 +1,4 @@
-"""Everything a participant builds from the config alone: base model, layout, engine, and the public parts of the data.
+"""Everything a participant builds from the config alone: base model, layout, engine.
 
 Server, simulated cohort and a single client build the same thing, so their layouts agree by digest.
 """
@@ -7,27 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
-from fedlora.data.encode import EncodedDataset, encode
-from fedlora.data.fingerprint import fingerprint
-from fedlora.data.glue import Records, load_records
-from fedlora.data.partition import partition
 from fedlora.data.tasks import TASKS
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.prototypes import prototype_layout
 from fedlora.federation.schedule import ScheduledRound, make_schedule
-from fedlora.federation.site import Site
 from fedlora.models import Classifier, load_classifier
-from fedlora.privacy.plan import PROTOTYPE, make_plan
-from fedlora.randomness import PublicSeed, SecretRoot
+from fedlora.privacy.plan import PROTOTYPE
+from fedlora.randomness import PublicSeed
 
 
 @dataclass(kw_only=True)
@@ -99,47 +93,3 @@ def _make_backend(
 
         return OpacusBackend(classifier, layout, factors)
     return ExpandedBackend(classifier, layout, factors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatedData:
-    """The training records of a simulated federation and who holds which."""
-
-    records: Records
-    parts: list[np.ndarray]
-
-
-def load_simulated_data(config: RunConfig) -> SimulatedData:
-    """Training records and their partition, disjoint by construction.
-
-    Raises:
-        DataError: records cannot be found or divided as asked.
-    """
-    data, seed = config.data, PublicSeed.from_int(config.run.seed)
-    records = load_records(data.task, data.source, "train", generated_records=data.generated_records, seed=seed)
-    return SimulatedData(records=records, parts=partition(data, config.federation.clients, records, seed))
-
-
-def make_sites(config: RunConfig, data: SimulatedData, schedule: tuple[ScheduledRound, ...]) -> list[Site]:
-    """One site per part, each with its own plan and its own secret streams."""
-    return [make_site(config, data, schedule, client) for client in range(config.federation.clients)]
-
-
-def make_site(config: RunConfig, data: SimulatedData, schedule: tuple[ScheduledRound, ...], client: int) -> Site:
-    own = data.parts[client]
-    mine = [entry for entry in schedule if client in entry.clients]
-    num_rounds = sum(entry.phase != PROTOTYPE for entry in mine)
-    plan = make_plan(config, num_examples=len(own), num_rounds=num_rounds, client=client)
-    secret = SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os()
-    return Site(
-        client=client,
-        records=own,
-        plan=plan,
-        schedule=tuple(mine),
-        secret=secret,
-        fingerprint=fingerprint(data.records.subset(own)),
-    )
-
-
-def encode_training_data(workbench: Workbench, data: SimulatedData) -> EncodedDataset:
-    return encode(data.records, workbench.classifier.tokenizer, workbench.config.data.max_length)

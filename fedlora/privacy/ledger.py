@@ -116,6 +116,8 @@ class Request:
     run: str
     round_index: int
     purpose: str
+    outlook: tuple[Charge, ...] = ()
+    """What the run will still ask for after this: nothing is granted to a run that could not be finished."""
     cap: Cap | None = None
     """None charges without a limit: a simulated site, whose plan is its only limit."""
 
@@ -196,15 +198,6 @@ class Ledger:
         with self._transaction():
             return [self._reserve(request) for request in requests]
 
-    def check_room(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap) -> None:
-        """Refuse a whole plan that would not fit, before its first round. Charges nothing.
-
-        Raises:
-            BudgetRefused: all charges so far and `charges` pass the cap.
-        """
-        with self._transaction():
-            self._refuse_overspending(data_set, charges, cap, "this run's whole plan")
-
     def settle(self, reservations: Sequence[int]) -> None:
         """Note that the updates of these reservations may leave the site."""
         with self._transaction():
@@ -262,7 +255,7 @@ class Ledger:
                 "each round is done once"
             )
         if request.cap is not None:
-            self._refuse_overspending(data_set, [charge], request.cap, f"round {request.round_index}")
+            self._refuse_overspending(data_set, [charge, *request.outlook], request.cap, request.round_index)
         values: _Row = {
             "data_set": data_set.name,
             "fingerprint": data_set.fingerprint,
@@ -279,7 +272,7 @@ class Ledger:
         }
         return self._append(RESERVED, values)
 
-    def _refuse_overspending(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap, what: str) -> None:
+    def _refuse_overspending(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap, round_index: int) -> None:
         earlier = self._charged(data_set)
         total = epsilon_with(earlier, charges, cap.delta, enough=cap.epsilon)
         if total <= cap.epsilon:
@@ -287,9 +280,10 @@ class Ledger:
         spent = epsilon_with([], earlier, cap.delta) if earlier else 0.0
         alone = epsilon_with([], charges, cap.delta)
         raise BudgetRefused(
-            f"the data set's budget refuses: charged so far ε = {spent:.4f}, {what} alone ε = {alone:.4f}, together "
-            f"ε = {total:.4f}, above the cap of {cap.epsilon:g} (all at δ = {cap.delta:g}); nothing was computed. "
-            "Ask for fewer steps or more noise, or let the data's owner raise the cap"
+            f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, this run from round {round_index} "
+            f"on alone ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} (all at "
+            f"δ = {cap.delta:g}); nothing was computed. Ask for fewer steps or more noise, or let the data's owner "
+            "raise the cap"
         )
 
     def _charged(self, data_set: DataSet) -> list[Charge]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -139,7 +139,9 @@ class SitePolicy:
     def localised(self, config: RunConfig) -> RunConfig:
         """`config` with what only the site decides: where its records lie and what it computes on."""
         _, data = self.data_set(config.data.task)
-        return config.with_overrides(f"data.source={shown(data.source)}", f"run.device={shown(self.site.device)}")
+        return replace(
+            config, data=replace(config.data, source=data.source), run=replace(config.run, device=self.site.device)
+        )
 
     def check_config(self, config: RunConfig) -> None:
         """Refuse what can be told from the configuration alone, before a record or a model is touched.

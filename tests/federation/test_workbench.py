@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.errors import DataError, ModelError
-from fedlora.federation.workbench import load_simulated_data, make_site, make_sites
+from fedlora.federation.sites import load_simulated_data, make_site, make_sites
 from fedlora.privacy.plan import FINETUNE, PROTOTYPE
 
 

@@ -1,0 +1,122 @@
+"""From a run's configuration to its sites: whose records, which plan, what the owner's policy says to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.fingerprint import fingerprint
+from fedlora.data.glue import Records, load_records
+from fedlora.data.partition import partition
+from fedlora.errors import DataError
+from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.site import Site
+from fedlora.federation.workbench import Workbench
+from fedlora.models import locate_model
+from fedlora.privacy.ledger import DataSet
+from fedlora.privacy.plan import PROTOTYPE, make_plan
+from fedlora.privacy.policy import SitePolicy
+from fedlora.randomness import PublicSeed, SecretRoot
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Training records, and which of them each client holds."""
+
+    records: Records
+    parts: Mapping[int, np.ndarray]
+    """Positions into `records`, int64, by client."""
+
+
+def load_simulated_data(config: RunConfig) -> TrainingData:
+    """Training records and their partition among all clients, disjoint by construction.
+
+    Raises:
+        DataError: records cannot be found or divided as asked.
+    """
+    records = _load_records(config)
+    parts = partition(config.data, config.federation.clients, records, PublicSeed.from_int(config.run.seed))
+    return TrainingData(records=records, parts=dict(enumerate(parts)))
+
+
+def load_own_data(config: RunConfig, client: int) -> TrainingData:
+    """A real site's records: all of them are its own, however the run would divide simulated ones."""
+    records = _load_records(config)
+    return TrainingData(records=records, parts={client: np.arange(len(records), dtype=np.int64)})
+
+
+def _load_records(config: RunConfig) -> Records:
+    data, seed = config.data, PublicSeed.from_int(config.run.seed)
+    return load_records(data.task, data.source, "train", generated_records=data.generated_records, seed=seed)
+
+
+def localised(config: RunConfig, policy: SitePolicy | None) -> RunConfig:
+    """`config` as a site under `policy` runs it, refused before a record or a model is touched.
+
+    Raises:
+        PolicyRefused: the configuration, or the model's weights, are not what the policy allows.
+    """
+    if policy is None:
+        return config
+    policy.check_config(config)
+    policy.check_model(config.model.name, locate_model(config.model.name).digest)
+    return policy.localised(config)
+
+
+def make_sites(
+    config: RunConfig, data: TrainingData, schedule: tuple[ScheduledRound, ...], policy: SitePolicy | None = None
+) -> list[Site]:
+    """One site per part, each with its own plan and its own secret streams."""
+    return [make_site(config, data, schedule, client, policy) for client in data.parts]
+
+
+def make_site(
+    config: RunConfig,
+    data: TrainingData,
+    schedule: tuple[ScheduledRound, ...],
+    client: int,
+    policy: SitePolicy | None = None,
+) -> Site:
+    """The site of `client`, simulated where there is no policy.
+
+    Raises:
+        DataError: δ is not below 1/n, or the expected batch does not fit the site's size.
+        PolicyRefused: the plan is not what the policy allows.
+        BudgetRefused: ε cannot be met.
+    """
+    own = data.parts[client]
+    mine = tuple(entry for entry in schedule if client in entry.clients)
+    name, declared = "", None
+    if policy is not None:
+        own_name, rules = policy.data_set(config.data.task)
+        name = f"{own_name}/{client}" if len(data.parts) > 1 else own_name
+        declared = None if rules.public_size == "exact" else rules.public_size
+    size = declared or len(own)
+    if declared and config.private and config.privacy.delta >= 1 / len(own):  # with the exact size the plan looks
+        raise DataError(
+            f"privacy.delta = {config.privacy.delta:g} is not below 1/n of client {client} ({len(own)} records): "
+            "at that δ one record in n may be published. Set privacy.delta below it"
+        )
+    plan = make_plan(
+        config, num_examples=size, num_rounds=sum(entry.phase != PROTOTYPE for entry in mine), client=client
+    )
+    if policy is not None:
+        policy.check_plan(plan)
+    return Site(
+        client=client,
+        records=own,
+        public_size=None if declared else size,
+        plan=plan,
+        schedule=mine,
+        secret=SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os(),
+        data_set=DataSet(fingerprint=fingerprint(data.records.subset(own)), name=name),
+        cap=policy.cap(config.data.task) if policy is not None else None,
+    )
+
+
+def encode_training_data(workbench: Workbench, data: TrainingData) -> EncodedDataset:
+    return encode(data.records, workbench.classifier.tokenizer, workbench.config.data.max_length)
