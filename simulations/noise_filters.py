@@ -3,7 +3,7 @@
 Runs one short recipe at one ε without a filter, with each filter, and with what shapes the noise itself, over the same
 public seeds; keeps each run's record and writes the table of docs/noise_filters.md from the records alone. Noise and
 batches are seeded, so that the runs of one seed draw the same ones and their difference is the variant's own. A run
-whose record is there is not done again.
+whose record is there is not done again; runs of different code are never compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import t as student
 
@@ -49,8 +50,19 @@ def record_file(variant: str, seed: int) -> Path:
     return RESULTS / f"{variant}-seed-{seed}.json"
 
 
-def metric(variant: str, seed: int) -> float:
-    return float(json.loads(record_file(variant, seed).read_text())["metric"]["value"])
+def read_record(variant: str, seed: int) -> dict[str, Any] | None:
+    file = record_file(variant, seed)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def pairs(variant: str, seeds: Sequence[int]) -> list[tuple[float, float]]:
+    """The metric of (variant, none) for each seed that has both, run by the same code: else the noise differs too."""
+    found = []
+    for seed in seeds:
+        own, plain = read_record(variant, seed), read_record("none", seed)
+        if own and plain and own["code_digest"] == plain["code_digest"]:
+            found.append((float(own["metric"]["value"]), float(plain["metric"]["value"])))
+    return found
 
 
 def table(variants: Sequence[str], seeds: Sequence[int]) -> str:
@@ -60,15 +72,15 @@ def table(variants: Sequence[str], seeds: Sequence[int]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for variant in variants:
-        done = [seed for seed in seeds if record_file(variant, seed).exists() and record_file("none", seed).exists()]
-        if not done:
+        paired = pairs(variant, seeds)
+        if not paired:
             continue
-        values = [metric(variant, seed) for seed in done]
-        head = f"| {variant} | {len(done)} | {statistics.mean(values):.4f} ± {_spread(values):.4f}"
+        values = [own for own, _ in paired]
+        head = f"| {variant} | {len(values)} | {statistics.mean(values):.4f} ± {_spread(values):.4f}"
         if variant == "none":
             lines.append(f"{head} | | | |")
             continue
-        differences = [value - metric("none", seed) for value, seed in zip(values, done, strict=True)]
+        differences = [own - plain for own, plain in paired]
         mean, half = statistics.mean(differences), half_width(differences)
         interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "unknown"
         shown = f"{mean:+.4f} ± {_spread(differences):.4f}"

@@ -124,7 +124,8 @@ def make_filter(training: TrainingConfig, *, slot_sizes: Sequence[int], noise_st
     Args:
         training: its `noise_filter` and `filter_gain`.
         slot_sizes: numbers in each slot of the flat vector, in layout order; their sum is P.
-        noise_std: of one coordinate of each client's noised mean gradient, σ C / expected batch size, [K].
+        noise_std: of a coordinate of each client's noised mean gradient, root mean square, [K]: σ C / expected batch
+            size, with σ the *effective* multiplier (for noise that is not isotropic no more than it has).
     """
     match training.noise_filter:
         case "none":
