@@ -8,6 +8,7 @@
     │   └── RunFolderError           an output or resume folder
     ├── PrivacyError             3   budget or policy refused; nothing was trained or released
     │   ├── BudgetRefused            a charge would pass what was planned or what the site allows
+    │   ├── UnsoundMechanism         a mechanism that protects nothing, however much noise it adds
     │   ├── PolicyRefused            the site's own policy does not allow what was asked
     │   ├── LedgerUnavailable        a ledger cannot be opened, locked or written
     │   └── LedgerBroken             a ledger whose rows were removed or altered
@@ -55,6 +56,10 @@ class PrivacyError(FedloraError):
 
 class BudgetRefused(PrivacyError):
     """A charge would exceed what was planned or allowed."""
+
+
+class UnsoundMechanism(PrivacyError):
+    """The mechanism releases something without noise; no ε holds, and the config does not say that this is wanted."""
 
 
 class PolicyRefused(PrivacyError):

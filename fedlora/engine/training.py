@@ -6,6 +6,7 @@ un-noised one cannot escape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +65,11 @@ def train(
     per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
 
     Raises:
-        PrivacyError: the jobs clip differently. One call clips all records alike; each job's noise fits its own plan.
+        PrivacyError: the jobs project or clip differently. One call treats all records alike; each job's noise fits
+            its own plan.
     """
-    if len({job.phase.clipping for job in jobs}) > 1:
-        raise PrivacyError("jobs of one call clip differently; train them in separate calls")
+    if len({(job.phase.clipping, job.phase.projection) for job in jobs}) > 1:
+        raise PrivacyError("jobs of one call project or clip differently; train them in separate calls")
     rows = theta.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
     optimizer = _make_optimizer(training, learning_rate, parameters)
@@ -87,8 +89,10 @@ def train(
 
 
 def _noise_std(phase: PhasePlan, training: TrainingConfig) -> float:
-    """Of one coordinate of the noised mean gradient: public."""
-    return phase.mechanism.effective_noise_multiplier * phase.sensitivity / training.expected_batch_size
+    """Root mean square of the noise over the coordinates of a noised mean gradient: public. A projection drops some."""
+    kept = 1.0 if phase.projection is None else phase.projection.share
+    std = phase.mechanism.effective_noise_multiplier * phase.sensitivity / training.expected_batch_size
+    return math.sqrt(kept) * std
 
 
 def _private_mean_gradients(
@@ -104,11 +108,11 @@ def _private_mean_gradients(
     records = np.concatenate(drawn)
     owner = np.repeat(np.arange(len(jobs)), [len(part) for part in drawn])
     totals = torch.zeros_like(rows, dtype=torch.float64)
-    clipping = jobs[0].phase.clipping
+    phase = jobs[0].phase
     for group in _groups(dataset.lengths[records], owner, token_budget, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group], rows.device)
         owners = torch.from_numpy(owner[group]).to(rows.device)
-        clipping.add_clipped(totals, backend.gradients(rows.detach(), batch, labels, owners), owners)
+        phase.add_clipped(totals, backend.gradients(rows.detach(), batch, labels, owners), owners)
     return [
         job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
         for job, total in zip(jobs, totals, strict=True)

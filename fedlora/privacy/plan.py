@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.config import RunConfig
-from fedlora.errors import BudgetRefused, DataError
+from fedlora.errors import BudgetRefused, DataError, UnsoundMechanism
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.calibration import calibrate_noise_multiplier
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.mechanisms.mechanism import Mechanism, make_mechanism
 from fedlora.privacy.noise import NoiseSource
+from fedlora.privacy.projection import LowPass
 from fedlora.privacy.sampling import PoissonSampler
 
 PROTOTYPE, FINETUNE = "prototype", "finetune"
@@ -36,15 +37,23 @@ class PhasePlan:
     clipping: Clipping
     mechanism: Mechanism
     num_steps: int
+    projection: LowPass | None = None
+    """Applied to every record's vector before clipping, and to what is released."""
 
     @property
     def sensitivity(self) -> float:
         """L2 distance that adding or removing one record can make to one step's sum."""
         return self.clipping.clip_norm
 
+    def add_clipped(self, total: Tensor, vectors: Sequence[Tensor], owner: Tensor) -> None:
+        """Project and clip every record's vector and add it to `total`; arguments as in `Clipping.add_clipped`."""
+        projected = vectors if self.projection is None else [self.projection(part) for part in vectors]
+        self.clipping.add_clipped(total, projected, owner)
+
     def privatize(self, total: Tensor, *, noise: NoiseSource, slot_sizes: Sequence[int]) -> Tensor:
         """What may be released of one step's sum `total` [P] float64 of clipped records, [P] float32."""
-        return self.mechanism.privatize(total, sensitivity=self.sensitivity, noise=noise, slot_sizes=slot_sizes)
+        released = self.mechanism.privatize(total, sensitivity=self.sensitivity, noise=noise, slot_sizes=slot_sizes)
+        return released if self.projection is None else self.projection.of_slots(released, slot_sizes)
 
     def charge(self, num_steps: int | None = None) -> Charge:
         """What the accountant sees of `num_steps` steps (all planned ones by default)."""
@@ -105,14 +114,22 @@ class PrivacyPlan:
 def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: int) -> PrivacyPlan:
     """The plan of a site with `num_examples` records that takes part in `num_rounds` fine-tuning rounds.
 
-    With ε = inf the same plan without noise: its ε is inf.
+    With ε = inf the same plan without noise: its ε is inf. So is that of a mechanism which protects nothing, with the
+    noise that a sound one would need.
 
     Raises:
+        UnsoundMechanism: the mechanism protects nothing and privacy.allow_unsound is not set.
         DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
         BudgetRefused: the phases before fine-tuning alone exceed ε.
     """
     privacy, batch = config.privacy, config.training.expected_batch_size
-    if config.private and privacy.delta >= 1 / num_examples:
+    if config.unsound and not privacy.allow_unsound:
+        raise UnsoundMechanism(
+            "privacy.gredp_noise = real puts no noise on g_j - g_(n-j): half of every summed gradient would leave in "
+            "clear, at no finite ε. Set privacy.gredp_noise=complex, or privacy.allow_unsound=true to run it at ε = inf"
+        )
+    noisy = math.isfinite(privacy.epsilon)
+    if noisy and privacy.delta >= 1 / num_examples:
         raise DataError(
             f"privacy.delta = {privacy.delta:g} is not below 1/n = {1 / num_examples:.3g} of client {client} "
             f"({num_examples} records): at that δ one record in n may be published. Set privacy.delta below it"
@@ -126,7 +143,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
     num_steps = num_rounds * config.federation.local_steps
     probability = batch / num_examples
     noise_multiplier = 0.0
-    if config.private and num_steps:
+    if noisy and num_steps:
         noise_multiplier = calibrate_noise_multiplier(
             epsilon=privacy.epsilon,
             delta=privacy.delta,
@@ -141,10 +158,11 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
         clipping=Clipping(privacy.clipping, privacy.clip_norm),
         mechanism=make_mechanism(privacy, noise_multiplier),
         num_steps=num_steps,
+        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
     )
     plan = PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)
     spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
-    if spends > privacy.epsilon:
+    if spends > privacy.epsilon and not config.unsound:
         raise BudgetRefused(
             f"the plan of client {client} would spend ε = {spends:.4f}, asked was {privacy.epsilon:g}; nothing was "
             "computed. Delete fedlora's cache folder and try again"
@@ -156,7 +174,7 @@ def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     """The one release of per-class sums and counts: a record moves one unit row and one count, √2 in L2."""
     if config.model.head != "prototype":
         return ()
-    noise_multiplier = config.privacy.prototype_noise_multiplier if config.private else 0.0
+    noise_multiplier = config.privacy.prototype_noise_multiplier if math.isfinite(config.privacy.epsilon) else 0.0
     return (
         PhasePlan(
             name=PROTOTYPE,

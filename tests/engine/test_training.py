@@ -157,7 +157,7 @@ def test_jobs_that_ask_for_different_clipping_are_refused(table_backend: Any, ma
     backend = table_backend(torch.ones(6, 3))
     jobs = make_jobs(make_phase(1.0, 0.0, 100.0), [np.arange(3), np.arange(3, 6)])
     jobs[1].phase = make_phase(1.0, 0.0, 0.1)
-    with pytest.raises(PrivacyError, match="clip differently"):
+    with pytest.raises(PrivacyError, match="project or clip differently"):
         train(
             backend, backend.dataset, jobs, torch.zeros(3), num_steps=1, learning_rate=1.0, training=SGD, token_budget=9
         )

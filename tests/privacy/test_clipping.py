@@ -132,3 +132,17 @@ def test_many_small_numbers_beside_large_ones_are_in_the_norm() -> None:
     rows[0, :8] = 1e3
     added = contributions(Clipping("flat", 1.0), rows)
     assert added.norm() <= 1.0
+
+
+def test_a_record_moves_a_long_sum_by_its_own_length() -> None:
+    """In float32 it can move it by more, as where all its numbers are rounded up (Casacuberta et al. 2022)."""
+    clipping, owner = Clipping("flat", 1.0), torch.zeros(1, dtype=torch.int64)
+    rows, row = torch.full((40_000, 4), 0.5 / 3), torch.full((1, 4), 0.49985)
+    total = torch.zeros(1, 4, dtype=torch.float64)
+    clipping.add_clipped(total, [rows], owner.repeat(len(rows)))
+    before = total.clone()
+    clipping.add_clipped(total, [row.clone()], owner)
+    assert (total - before).norm() == pytest.approx(float(row.norm()), abs=2e-6)
+    assert (total - before).norm() <= row.double().norm()
+    single = before.float()
+    assert ((single + row) - single).norm() > 1.0002 * row.norm()

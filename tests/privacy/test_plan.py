@@ -13,9 +13,10 @@ from scipy.stats import binom
 
 from fedlora.config import RunConfig
 from fedlora.engine.training import TrainingJob, train
-from fedlora.errors import BudgetRefused, DataError
+from fedlora.errors import BudgetRefused, DataError, UnsoundMechanism
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
+from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PrivacyPlan, make_plan
 from fedlora.randomness import SecretRoot
@@ -82,6 +83,48 @@ def test_a_site_that_never_trains_is_charged_nothing_for_training() -> None:
     plan = plan_of("model.head=frozen", num_rounds=0)
     assert plan[FINETUNE].num_steps == 0
     assert plan.epsilon() == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- mechanisms
+
+
+def test_gredp_is_charged_for_the_noise_that_it_releases() -> None:
+    """Whatever the reading, the accountant gets what plain Gaussian noise would have to be."""
+    plain = plan_of()[FINETUNE].mechanism
+    whole, half = (plan_of("privacy.mechanism=gredp", f"privacy.gredp_noise={n}") for n in ("complex", "complex_half"))
+    assert whole[FINETUNE].mechanism == GReDPMechanism(plain.noise_multiplier)
+    assert half[FINETUNE].mechanism.noise_multiplier == pytest.approx(math.sqrt(2) * plain.noise_multiplier)
+    for plan in (whole, half):
+        record = plan.describe({PROTOTYPE: 1, FINETUNE: 20}, spent=plan.epsilon())
+        assert record["mechanism"] == "gredp"
+        assert record["noise_multiplier"] == plan[FINETUNE].mechanism.noise_multiplier
+        assert record["effective_noise_multiplier"] == pytest.approx(plain.noise_multiplier, rel=1e-12)
+        assert plan.epsilon() == pytest.approx(plan_of().epsilon(), rel=1e-9)
+        assert plan.epsilon() <= 6.0
+
+
+REAL = ("privacy.mechanism=gredp", "privacy.gredp_noise=real")
+
+
+def test_a_mechanism_that_protects_nothing_is_refused_with_exit_code_3() -> None:
+    for target in ("6", "inf"):
+        with pytest.raises(UnsoundMechanism, match=r"in clear.*Set privacy.gredp_noise=complex") as refused:
+            plan_of(*REAL, f"privacy.epsilon={target}")
+        assert refused.value.exit_code == 3
+        assert "\n" not in str(refused.value)
+
+
+def test_allowed_all_the_same_it_runs_with_nominal_noise_at_infinite_epsilon() -> None:
+    plan = plan_of(*REAL, "privacy.allow_unsound=true", "privacy.gredp_over=flat")
+    assert plan[FINETUNE].mechanism == GReDPMechanism(plan_of()[FINETUNE].mechanism.noise_multiplier, "real", "flat")
+    assert plan.epsilon() == math.inf
+    assert plan[FINETUNE].charge() == Charge(50 / N, 0.0, 20)
+    assert plan[PROTOTYPE].charge() == Charge(1.0, 20.0, 1)
+    record = plan.describe({PROTOTYPE: 1, FINETUNE: 20}, spent=plan.epsilon())
+    assert (record["epsilon"], record["effective_noise_multiplier"]) == (math.inf, 0.0)
+    assert record["noise_multiplier"] == plan_of()[FINETUNE].mechanism.noise_multiplier
+    with pytest.raises(DataError, match=r"Set privacy\.delta below"):
+        plan_of(*REAL, "privacy.allow_unsound=true", "privacy.delta=0.01")
 
 
 # -------------------------------------------------------------------------------------------------------- refusals

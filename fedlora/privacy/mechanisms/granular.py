@@ -41,10 +41,10 @@ def release_on_grid(total: Tensor, unit_noise: Tensor, *, noise_multiplier: floa
     Exact here: division by g, both roundings to integers, and, below 2^53, their sum. A larger sum is rounded, as the
     cast to float32 rounds: a function of the exact sum, so post-processing again.
 
-    Not exact: `unit_noise` is itself a float64 number, so the chance of a cell is that of a normal number only up to
-    the sampler's resolution. NumPy's ziggurat puts at least 2^25 equally likely numbers on every cell (its layers
-    have steps of at most 3.7 / 2^52, a cell is at least 1 / 2^25 wide, both in standard deviations), which bounds
-    the error of a cell's chance by about 2^-24 of it. A finer grid would trade that against nothing: g √P is small.
+    Not exact: `unit_noise` is a float64 number, so a cell of the grid has the chance of a rounded normal number only up
+    to the sampler's resolution. NumPy's ziggurat has layers with steps of at most 3.7 / 2^52 and a cell is at least
+    1 / 2^25 wide, both in standard deviations: some 2^25 numbers on every cell, an error of about 2^-24 of its chance.
+    A finer grid would make that worse, and g √P is small already.
 
     Raises:
         PrivacyError: the noise does not fit the sum.

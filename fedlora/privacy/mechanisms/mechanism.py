@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora.config import PrivacyConfig
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import NoiseSource
 
 
@@ -54,5 +55,10 @@ class Mechanism(Protocol):
 
 
 def make_mechanism(privacy: PrivacyConfig, effective_noise_multiplier: float) -> Mechanism:
-    """The configured mechanism, with as much noise as gives `effective_noise_multiplier`."""
+    """The configured mechanism with just enough noise that its *effective* multiplier is the one asked for.
+
+    GReDP's real noise reaches none: it comes with the nominal multiplier that plain Gaussian noise would need.
+    """
+    if privacy.mechanism == "gredp":
+        return GReDPMechanism.calibrated(effective_noise_multiplier, noise=privacy.gredp_noise, over=privacy.gredp_over)
     return GaussianMechanism(effective_noise_multiplier)
