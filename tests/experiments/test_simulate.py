@@ -24,6 +24,7 @@ from fedlora.errors import BudgetRefused, RunFolderError, RunInterrupted
 from fedlora.experiments import simulate as module
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import resume, simulate
+from fedlora.privacy.ledger import Ledger
 
 MakeRun = Callable[..., RunConfig]
 # `fedlora`, also where the shell that started us ignores interrupts, as it does for background jobs.
@@ -78,6 +79,7 @@ def test_a_finished_folder_holds_what_is_promised_and_nothing_else(make_run: Mak
         "record.json",
         "adapter",
         "curve.png",
+        "ledger.sqlite",
     }
     assert {entry["round"] for entry in RunFolder(path).read_rounds()} == {0, 1, 2, 3}
     assert RunConfig.from_toml(path / "config.toml") == module.resolve(config)
@@ -331,13 +333,20 @@ def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: Make
     resume(folder.path, Silent())
     assert [entry["round"] for entry in folder.read_rounds()] == list(range(61))
     assert result(folder.path)[:2] == result(whole)[:2]
+    assert [path.name for path in folder.path.glob("ledger*")] == ["ledger.sqlite"], "no journal is left"
 
 
 class _Elsewhere:
     """Sites in another process: they answer, and the server dies before it has written anything down."""
 
     def __init__(self, config: RunConfig, dies_at: int | None) -> None:
-        self.inner, _ = module._prepare(config)
+        prepared = module._prepare(config, None)
+        self.inner = module.CohortTransport(
+            workbench=prepared.workbench,
+            dataset=prepared.dataset,
+            sites=prepared.sites,
+            ledger=Ledger.open(Path(config.run.out).with_name("elsewhere.sqlite")),
+        )
         self.dies_at = dies_at
         self.asked: list[int] = []
 

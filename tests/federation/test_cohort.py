@@ -86,8 +86,8 @@ def test_the_prototype_release_of_a_site_has_noise_of_sigma_times_root_two(make_
     exact = [class_sums(bench.classifier, federation.dataset, site.records, layout, 4096) for site in federation.sites]
     for repetition in range(100):
         for site in federation.sites:
-            site.secret, site.next_round = SecretRoot.seeded(repetition), 0
-        updates = federation.exchange(federation.instruction(entry), EVERYONE)
+            site.secret, site.next_round, site.run_id = SecretRoot.seeded(repetition), 0, None
+        updates = federation.exchange(federation.instruction(entry, run_id=f"run-{repetition}"), EVERYONE)
         noise += [update.vector - total for update, total in zip(updates, exact, strict=True)]
     values = torch.stack(noise).double()
     low, high = chi2.ppf(5e-7, values.numel()), chi2.isf(5e-7, values.numel())

@@ -21,7 +21,33 @@ UPDATE = ClientUpdate(
     client=1,
     layout_digest=LAYOUT.digest,
     vector=torch.ones(8),
-    facts={"epsilon": 1.0},
+    facts={
+        "client": 1,
+        "num_examples": 80,
+        "noise_seeded": False,
+        "unit": "record",
+        "relation": "add/remove",
+        "delta": 1e-5,
+        "epsilon": 1.0,
+        "accountant": "pld",
+        "sampling_probability": 0.1,
+        "noise_multiplier": 1.1,
+        "effective_noise_multiplier": 1.1,
+        "num_steps": 4,
+        "mechanism": "gaussian",
+        "clip_norm": 1.0,
+        "clipping": "flat",
+        "phases": [
+            {
+                "name": "finetune",
+                "mechanism": "gaussian",
+                "sampling_probability": 0.1,
+                "effective_noise_multiplier": 1.1,
+                "sensitivity": 1.0,
+                "num_steps": 4,
+            }
+        ],
+    },
 )
 
 
@@ -57,6 +83,29 @@ def test_anything_else_is_refused_by_name_of_client_and_fault(change: dict[str, 
     with pytest.raises(ProtocolError, match=f"client 1 has.*{named}") as caught:
         check_update(dataclasses.replace(UPDATE, **change), INSTRUCTION, LAYOUT)
     assert "tensor(" not in str(caught.value), "no numbers of a client in a message"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"epsilon": 1.0},
+        UPDATE.facts | {"loss": 0.5},
+        {key: value for key, value in UPDATE.facts.items() if key != "delta"},
+        UPDATE.facts | {"num_steps": True},
+        UPDATE.facts | {"phases": [{"name": "finetune"}]},
+    ],
+    ids=["none", "too few", "a loss", "no delta", "truth for a count", "a phase without its facts"],
+)
+def test_facts_other_than_those_that_may_leave_are_refused_without_their_values(facts: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="it is not used") as caught:
+        check_update(dataclasses.replace(UPDATE, facts=facts), INSTRUCTION, LAYOUT)
+    assert "0.5" not in str(caught.value)
+
+
+def test_the_number_of_records_may_stay_at_home() -> None:
+    facts = {key: value for key, value in UPDATE.facts.items() if key != "num_examples"}
+    check_update(dataclasses.replace(UPDATE, facts=facts), INSTRUCTION, LAYOUT)
 
 
 def test_bytes_count_every_tensor() -> None:

@@ -12,6 +12,7 @@ from fedlora.errors import ProtocolError
 from fedlora.federation.site import Site
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
+from fedlora.privacy.ledger import DataSet
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.plan import FINETUNE, PROTOTYPE
 from fedlora.randomness import SecretRoot
@@ -23,6 +24,7 @@ class Untouchable:
     """Stands for a secret root or a back end of which nothing may be asked."""
 
     fuses_clients = True
+    is_seeded = True  # no secret: every update says it
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"{name} was asked although the round was refused")
@@ -179,11 +181,19 @@ def test_without_privacy_every_round_costs_infinity(make_federation: Any) -> Non
 
 def test_a_site_shows_nothing_of_its_secret() -> None:
     secret = SecretRoot.from_os()
-    site = Site(client=0, records=np.arange(3), plan=None, schedule=(), secret=secret)  # type: ignore[arg-type]
+    site = Site(
+        client=0,
+        records=np.arange(3),
+        plan=None,  # type: ignore[arg-type]
+        schedule=(),
+        secret=secret,
+        data_set=DataSet(fingerprint="f1" * 32),
+    )
     for shown in (repr(site), str(site), repr([site]), f"{secret}"):
         assert secret.root.hex() not in shown
         assert repr(secret.root)[2:-1] not in shown
         assert "secret" not in shown
+        assert "f1f1" not in shown, "who knows all records but one could test the last by the fingerprint"
 
 
 def test_public_facts_are_those_of_the_contract_and_no_more(make_federation: Any) -> None:

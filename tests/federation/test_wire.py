@@ -22,6 +22,7 @@ from fedlora.federation.memory import recall, remember
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.site import Site
+from fedlora.privacy.ledger import DataSet
 from fedlora.privacy.plan import make_plan
 from fedlora.randomness import SecretRoot
 
@@ -32,7 +33,15 @@ HEAD = (torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0.25, -0.25]))
 def make_site(config: RunConfig = CONFIG, client: int = 1) -> Site:
     schedule = make_schedule(config)
     plan = make_plan(config, num_examples=2000, num_rounds=config.federation.rounds, client=client)
-    return Site(client=client, records=np.arange(2000), plan=plan, schedule=schedule, secret=SecretRoot.from_os())
+    return Site(
+        client=client,
+        records=np.arange(2000),
+        public_size=2000,
+        plan=plan,
+        schedule=schedule,
+        secret=SecretRoot.from_os(),
+        data_set=DataSet(fingerprint="f1" * 32, name="ward"),
+    )
 
 
 def make_update(config: RunConfig = CONFIG) -> ClientUpdate:
@@ -72,6 +81,12 @@ def test_an_update_of_a_real_site_arrives_as_it_was(epsilon: str) -> None:
     assert got.facts == sent.facts
     assert math.isinf(got.facts["epsilon"]) == (epsilon == "inf")
     assert replace(got, vector=sent.vector) == sent
+
+
+def test_neither_fingerprint_nor_name_of_the_records_leaves() -> None:
+    sent = wire.encode_update(make_update())
+    assert b"f1f1" not in sent
+    assert b"ward" not in sent
 
 
 def test_a_fact_that_is_not_on_the_list_does_not_leave() -> None:

@@ -55,7 +55,7 @@ def test_an_unknown_target_module_names_what_there_is(make_bench: Any) -> None:
 @pytest.mark.parametrize("method", ["iid", "dirichlet"])
 def test_parts_are_disjoint_and_complete(tiny_config: Any, method: str) -> None:
     data = load_simulated_data(tiny_config(f"data.partition={method}", "federation.clients=4"))
-    assert sorted(np.concatenate(data.parts).tolist()) == list(range(len(data.records)))
+    assert sorted(np.concatenate([*data.parts.values()]).tolist()) == list(range(len(data.records)))
 
 
 def test_a_site_has_its_part_its_rounds_and_a_plan_for_them(tiny_config: Any, make_federation: Any) -> None:

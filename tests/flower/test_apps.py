@@ -90,7 +90,7 @@ def _context(client: int, config: RunConfig) -> Context:
     return Context(
         run_id=RUN_ID,
         node_id=1000 - client,
-        node_config={"partition-id": client},
+        node_config={"partition-id": client, "num-partitions": config.federation.clients},
         state=RecordDict(),
         run_config=dict(config.to_flower()),
     )
@@ -121,7 +121,7 @@ def config(tiny_model: Callable[..., Path], tmp_path: Path) -> RunConfig:
 @pytest.fixture(autouse=True)
 def fresh_process() -> None:
     clients.app._cohort.cache_clear()
-    clients.app._shared.cache_clear()
+    clients.app._simulated.cache_clear()
 
 
 def run(config: RunConfig, grid: LocalGrid) -> Path:
