@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -16,8 +17,10 @@ from torch import Tensor
 from fedlora.config import TrainingConfig
 from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, NoFilter, make_filter
 from fedlora.engine.training import TrainedRow, TrainingJob, train
+from fedlora.privacy.mechanisms.mechanism import make_mechanism
 from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.plan import PhasePlan, make_plan
+from fedlora.privacy.projection import LowPass
 from fedlora.randomness import SecretRoot
 
 FILTERS = ["none", "doppler", "disk", "james_stein"]
@@ -192,6 +195,36 @@ def test_james_stein_shrinks_a_slot_by_the_share_of_its_energy_that_is_noise(
     assert ratios[3] == 1.0
     error = (refined[0] - signal[:n]).square().mean() / std**2
     assert error == pytest.approx(1 / 2, rel=0.05), "half of the noise's squared error, by ratio / (1 + ratio)"
+
+
+@pytest.mark.parametrize(
+    ("override", "factor"),
+    [
+        ("privacy.mechanism=gaussian", 1 / 2),
+        ("privacy.low_pass=0.5", 1 / (1 + 0.5)),
+        ("privacy.low_pass=0.1", 1 / (1 + 0.1)),
+        ("privacy.gredp_noise=complex", 1 / 2),
+        ("privacy.gredp_noise=complex_half", 1 / 2),
+    ],
+)
+def test_james_stein_knows_how_much_noise_each_mechanism_leaves(
+    table_backend: Any, tiny_config: Any, make_phase: Any, override: str, factor: float
+) -> None:
+    """A constant gradient as large as the noise, of which a projection keeps a share. 5 % is over five deviations."""
+    clip, std, size = 1e6, 0.5, 20_000
+    mechanism = ("privacy.mechanism=gredp",) if "gredp_noise" in override else ()
+    privacy = tiny_config(override, *mechanism).privacy
+    phase = dataclasses.replace(
+        make_phase(1.0, 0.0, clip),
+        mechanism=make_mechanism(privacy, std * BATCH / clip),
+        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
+    )
+    backend, norms = table_backend(torch.full((1, size), std * BATCH)), []
+    for name in ("none", "james_stein"):
+        jobs = make_jobs(phase, [np.arange(1)])
+        row = run(backend, jobs, torch.zeros(size), training(name), num_steps=1, learning_rate=1.0)[0]
+        norms.append(float(row.theta.double().norm()))
+    assert norms[1] / norms[0] == pytest.approx(factor, rel=0.05)
 
 
 def test_james_stein_leaves_gradients_without_noise_and_survives_zeros() -> None:

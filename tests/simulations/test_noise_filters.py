@@ -26,7 +26,7 @@ def write(variant: str, *values: float, code: str = "a") -> None:
 
 
 def row(variant: str) -> list[str]:
-    lines = [line for line in table(["none", variant], [0, 1, 2]).splitlines() if line.startswith(f"| {variant} |")]
+    lines = [line for line in table(["none", variant]).splitlines() if line.startswith(f"| {variant} |")]
     return [cell.strip() for cell in lines[0].strip("|").split("|")] if lines else []
 
 
