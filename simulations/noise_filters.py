@@ -85,7 +85,7 @@ def table(variants: Sequence[str]) -> str:
         mean, half = statistics.mean(differences), half_width(differences)
         interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "unknown"
         shown = f"{mean:+.4f} ± {_spread(differences):.4f}"
-        lines.append(f"{head} | {shown} | {interval} | {verdict(mean, half)} |")
+        lines.append(f"{head} | {shown} | {interval} | {verdict(differences)} |")
     return "\n".join(lines)
 
 
@@ -97,7 +97,11 @@ def half_width(differences: Sequence[float]) -> float:
     return quantile * _spread(differences) / math.sqrt(len(differences))
 
 
-def verdict(mean: float, half: float) -> str:
+def verdict(differences: Sequence[float]) -> str:
+    """What the interval allows to say; accuracies come in steps, so that two seeds may agree by chance."""
+    mean, half = statistics.mean(differences), half_width(differences)
+    if len(differences) < 3:
+        return "too few seeds"
     if abs(mean) <= half:
         return "no difference seen"
     return "gains" if mean > 0 else "loses"

@@ -51,10 +51,13 @@ def test_a_verdict_needs_an_interval_that_leaves_out_zero(values: tuple[float, .
     assert row("james_stein")[-1] == verdict
 
 
-def test_one_seed_proves_nothing() -> None:
+def test_one_or_two_seeds_prove_nothing() -> None:
     write("none", 0.70)
     write("disk-0.5", 0.90)
-    assert row("disk-0.5")[-2:] == ["unknown", "no difference seen"]
+    assert row("disk-0.5")[-2:] == ["unknown", "too few seeds"]
+    write("none", 0.75, 0.5)
+    write("disk-0.5", 1.0, 0.75)
+    assert row("disk-0.5")[-2:] == ["+0.2500 to +0.2500", "too few seeds"]
 
 
 def test_runs_of_other_code_are_not_compared() -> None:
