@@ -19,6 +19,7 @@ from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import load_classifier
+from fedlora.privacy.noise import require_accelerator
 from fedlora.randomness import PublicSeed
 
 Attention = Literal["auto", "eager", "sdpa"]
@@ -48,9 +49,11 @@ def choose_execution(config: RunConfig) -> Execution:
     """What the config fixes, and the fastest of the rest by a measurement that is remembered for this machine.
 
     Raises:
-        ConfigError: the asked device does not exist here.
+        ConfigError: the asked device does not exist here, or cannot draw the noise it is to draw.
     """
     device = _device(config.run.device)
+    if config.engine.noise == "device":
+        require_accelerator(device)  # now, and not when the first round is charged already
     dtypes = list(DTYPES) if config.model.dtype == "auto" else [config.model.dtype]
     kernels: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
     candidates = list(product(dtypes, kernels))

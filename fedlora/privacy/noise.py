@@ -46,7 +46,7 @@ class DeviceNoise:
     generator: np.random.Generator = field(repr=False)
 
     def standard_normal(self, count: int, device: torch.device) -> Tensor:
-        _require_accelerator(device)
+        require_accelerator(device)
         key = int(self.generator.integers(2**64, dtype=np.uint64))
         fresh = torch.Generator(device).manual_seed(key)
         return torch.randn(count, dtype=torch.float64, device=device, generator=fresh)
@@ -62,11 +62,12 @@ def make_noise_source(
     """
     if kind == "host":
         return HostNoise(generator)
-    _require_accelerator(device)
+    require_accelerator(device)
     return DeviceNoise(generator)
 
 
-def _require_accelerator(device: torch.device) -> None:
+def require_accelerator(device: torch.device) -> None:
+    """Raise ConfigError unless `device` can draw its own noise."""
     if device.type != "cuda":
         raise ConfigError(
             f"engine.noise = device draws with the accelerator's generator, but this run is on {device.type}, whose "

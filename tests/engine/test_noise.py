@@ -21,8 +21,10 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
 from fedlora.engine.prototypes import class_sums
 from fedlora.engine.training import TrainingJob, train
+from fedlora.errors import ConfigError
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise, NoiseSource
 from fedlora.privacy.plan import PROTOTYPE, PhasePlan, make_plan
 from fedlora.randomness import SecretRoot
@@ -203,6 +205,23 @@ def test_noise_is_drawn_once_per_logical_step_however_many_micro_batches(
     noise = sum(torch.from_numpy(stream.standard_normal(30)).float() for _ in range(2))
     assert torch.allclose(moved, -SIGMA * CLIP / BATCH * noise, atol=1e-6)
     assert stream.random() == job.noise.generator.random()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("over", ["slot", "flat"])
+def test_gredp_over_the_slots_of_a_real_layout_releases_its_effective_noise(
+    silent_bench: Workbench, dataset: Any, make_phase: Any, over: Any
+) -> None:
+    phase = dataclasses.replace(make_phase(0.8, SIGMA, CLIP), mechanism=GReDPMechanism(SIGMA, "complex_half", over))
+    assert silent_bench.backend.slot_sizes == tuple(slot.size for slot in silent_bench.layout.slots)
+    moves = released_noise(silent_bench, dataset, phase)
+    assert has_std(moves, math.sqrt(0.5) * SIGMA * CLIP / BATCH)
+    assert not has_std(moves, SIGMA * CLIP / BATCH)
+    assert are_uncorrelated(slots_of(silent_bench.layout, moves))
+
+
+def test_noise_of_the_device_is_refused_on_the_cpu_before_anything_is_built(make_bench: Any) -> None:
+    with pytest.raises(ConfigError, match=r"set engine\.noise=host"):
+        make_bench("engine.noise=device")
 
 
 # ------------------------------------------------------------------------------------------------- prototype release
