@@ -14,11 +14,12 @@ def fingerprint(records: Records) -> str:
     no training sees them. It is a hash of private text: it stays at the site.
     """
     texts = zip(*records.texts, strict=True)
-    digests = sorted(_digest(row, label) for row, label in zip(texts, records.labels.tolist(), strict=True))
+    digests = sorted(record_digest(row, label) for row, label in zip(texts, records.labels.tolist(), strict=True))
     return hashlib.sha256(b"fedlora records 1" + b"".join(digests)).hexdigest()
 
 
-def _digest(row: tuple[str, ...], label: int | float) -> bytes:
+def record_digest(row: tuple[str, ...], label: int | float) -> bytes:
+    """SHA-256 of one record's texts and label."""
     digest = hashlib.sha256(repr(label).encode())
     for text in row:
         encoded = text.encode("utf-8", "surrogatepass")

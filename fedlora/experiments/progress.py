@@ -20,7 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.federation.server import RoundReport
 from fedlora.privacy.units import Guarantee, rounded_up
 
-_ROW = "{round:>5}  {phase:<9}  {metric:>9}  {epsilon:>8}  {up:>9}  {down:>9}  {seconds:>7}  {clients}"
+_ROW = "{round:>5}  {phase:<10}  {metric:>9}  {epsilon:>8}  {up:>9}  {down:>9}  {seconds:>7}  {clients}"
 
 
 class TerminalProgress:
@@ -93,9 +93,10 @@ def print_result(folder: Path) -> None:
         accountant=worst["accountant"],
         noise_seeded=record["noise_seeded"],
     )
-    metric = record["metric"]
+    metric, found = record["metric"], record.get("private_evaluation")
     rows = {
         metric["name"]: f"{metric['value']:.4f} on public {metric['split']}",
+        **({"private accuracy": shown_evaluation(found)} if found else {}),
         "guarantee": str(guarantee),
         "not covered": guarantee.not_covered,
         "traffic": f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down",
@@ -127,6 +128,16 @@ def _print_rows(rows: Mapping[str, str]) -> None:
 
 def shown_epsilon(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon):g}"
+
+
+def shown_evaluation(found: Mapping[str, Any]) -> str:
+    """What a record says of the private evaluation; the error is one standard error, noise and chance together."""
+    if found["accuracy"] is None:
+        return str(found["note"])
+    return (
+        f"{found['accuracy']:.4f} ± {found['standard_error']:.4f} on held-out records of {found['clients']} clients, "
+        f"from counts with noise of standard deviation {found['noise_std']:.4g}"
+    )
 
 
 def shown_bytes(count: float) -> str:

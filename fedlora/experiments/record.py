@@ -28,6 +28,7 @@ def make_record(
     bytes_down: int,
     clients: list[dict[str, Any]],
     execution: dict[str, Any],
+    private_evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The record of a finished run; `clients` are the public facts that the sites reported."""
     return {
@@ -44,6 +45,7 @@ def make_record(
         "private": config.private and not config.privacy.seeded_noise,
         "metric": metric,
         "metrics": metrics,
+        "private_evaluation": private_evaluation,
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,
         "execution": execution,

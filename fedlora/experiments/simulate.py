@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedlora.adapters.peft import export_adapter
 from fedlora.config import RunConfig
@@ -32,13 +32,14 @@ from fedlora.federation.server import (
     ServerState,
     Transport,
     charged,
+    evaluated,
     initial_state,
 )
 from fedlora.federation.site import Site
 from fedlora.federation.sites import encode_training_data, load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, PROTOTYPE
 from fedlora.privacy.policy import SitePolicy
 from fedlora.privacy.units import Guarantee
 from fedlora.randomness import PublicSeed
@@ -271,7 +272,8 @@ def _finish(
         title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
         guarantee=str(guarantee),
     )
-    metrics = rounds[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
+    trained = [line for line in rounds if line["phase"] != EVALUATION]
+    metrics = trained[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
     record = make_record(
         config,
         started=folder.started,
@@ -282,6 +284,7 @@ def _finish(
             "split": next(iter(evaluator.splits)),
         },
         metrics=metrics,
+        private_evaluation=_private_evaluation(config, workbench, rounds),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         clients=[state.facts[client] for client in sorted(state.facts)],
@@ -292,6 +295,16 @@ def _finish(
     folder.write_record(record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
+
+
+def _private_evaluation(
+    config: RunConfig, workbench: Workbench, rounds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """What its round found; nobody's answer where the round was given up, None where none was asked for."""
+    if not config.federation.private_evaluation:
+        return None
+    found = next((line["private_evaluation"] for line in rounds if line["phase"] == EVALUATION), None)
+    return found or asdict(evaluated(workbench, []))
 
 
 def worst_guarantee(config: RunConfig, state: ServerState) -> Guarantee:

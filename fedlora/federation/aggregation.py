@@ -10,6 +10,12 @@ from torch import Tensor
 from fedlora.federation.messages import ClientUpdate
 
 
+def exact_sum(updates: Sequence[ClientUpdate]) -> Tensor:
+    """Sum of the clients' vectors [P], in float64 and in client order."""
+    ordered = sorted(updates, key=lambda update: update.client)
+    return torch.stack([update.vector.double() for update in ordered]).sum(dim=0)
+
+
 def uniform_mean(updates: Sequence[ClientUpdate]) -> Tensor:
     """Mean of the clients' vectors [P], in client order so that float sums do not depend on arrival.
 

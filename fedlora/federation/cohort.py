@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
+from fedlora.engine.confusion import confusion_counts
 from fedlora.engine.prototypes import class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import ProtocolError
@@ -18,7 +19,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, PROTOTYPE
 
 LARGEST_VALUE = 10.0
 """Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
@@ -65,7 +66,7 @@ class Cohort:
             self.workbench.classifier.set_head(*instruction.head)
         reservations = self.ledger.reserve(requests)  # on disk before the first private step
         entries = [site.admit(instruction) for site in self.sites]
-        compute = self._prototypes if instruction.phase == PROTOTYPE else self._train
+        compute = self._release if instruction.phase in (PROTOTYPE, EVALUATION) else self._train
         vectors = compute(instruction, entries[0])
         updates = [
             self._update(site, entry, instruction, vector)
@@ -116,16 +117,22 @@ class Cohort:
                 site.optimizer_state = row.optimizer_state
         return [row.theta.cpu() for row in trained]
 
-    def _prototypes(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
-        bench = self.workbench
-        layout = bench.payload_layout(instruction.phase)
+    def _release(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
+        """One noised sum over each site's records."""
+        sizes = [slot.size for slot in self.workbench.payload_layout(instruction.phase).slots]
         released = []
         for site in self.sites:
-            phase = site.plan[instruction.phase]
-            total = class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
-            sizes = [slot.size for slot in layout.slots]
-            released.append(phase.privatize(total, noise=self._noise(site, entry.index), slot_sizes=sizes).cpu())
+            total, noise = self._sum(site, instruction), self._noise(site, entry.index)
+            released.append(site.plan[instruction.phase].privatize(total, noise=noise, slot_sizes=sizes).cpu())
         return released
+
+    def _sum(self, site: Site, instruction: RoundInstruction) -> Tensor:
+        """Un-noised: of prototypes over what the site trains on, of an evaluation over what it holds out."""
+        bench, layout = self.workbench, self.workbench.payload_layout(instruction.phase)
+        if instruction.phase == EVALUATION:
+            theta = instruction.theta.to(bench.execution.device)
+            return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout)
+        return class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
 
     def _noise(self, site: Site, index: int) -> NoiseSource:
         """The site's secret source for one round; no round is done twice, so no stream is used twice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlora.config import RunConfig
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, FINETUNE, PROTOTYPE
 from fedlora.randomness import PublicSeed
 
 
@@ -34,6 +34,8 @@ def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
         cohort = _cohort(config, everyone, number)
         rate = _learning_rate(config, number)
         rounds.append(ScheduledRound(len(rounds), FINETUNE, cohort, config.federation.local_steps, rate))
+    if config.federation.private_evaluation:
+        rounds.append(ScheduledRound(len(rounds), EVALUATION, everyone, 1))
     return tuple(rounds)
 
 

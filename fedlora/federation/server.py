@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fedlora.engine.confusion import PrivateEvaluation, estimate_accuracy
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
-from fedlora.federation.aggregation import uniform_mean
+from fedlora.federation.aggregation import exact_sum, uniform_mean
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, FINETUNE, PROTOTYPE, evaluation_phases
+
+logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 Reply = ClientUpdate | ClientFailure
@@ -64,6 +69,8 @@ class RoundReport:
     clients_ok: int
     clients_failed: int
     failures: Mapping[int, str]
+    private_evaluation: PrivateEvaluation | None = None
+    """What a round of evaluation found."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +90,8 @@ class Server:
         """All rounds from `state.next_round` on.
 
         Raises:
-            FedloraError: no client answered a round, so the run cannot go on.
+            FedloraError: no client answered a round, so the run cannot go on. Not so for an evaluation: what was
+                trained before it stays good.
         """
         if state.head is not None:
             self.workbench.classifier.set_head(*state.head)
@@ -103,13 +111,13 @@ class Server:
             theta=state.theta,
             head=state.head,
         )
-        updates, failures = self._sort(self.transport.exchange(instruction, entry.clients), instruction, entry)
-        if not updates:
+        updates, failures = self._sort(self._exchange(instruction, entry), instruction, entry)
+        if not updates and entry.phase != EVALUATION:
             raise FedloraError(
                 f"round {entry.index} ({entry.phase}): none of {len(entry.clients)} clients answered usably "
                 f"({', '.join(sorted(set(failures.values())))}); the clients' own logs say why"
             )
-        self._apply(entry, state, uniform_mean(updates))
+        evaluation = self._apply(entry, state, updates)
         state.facts |= self._facts(entry, state, {update.client: update.facts for update in updates})
         up = sum(update.vector.nbytes for update in updates)
         down = instruction.num_bytes * len(entry.clients)
@@ -132,7 +140,18 @@ class Server:
             clients_ok=len(updates),
             clients_failed=len(failures),
             failures=failures,
+            private_evaluation=evaluation,
         )
+
+    def _exchange(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Reply]:
+        """Everyone's replies; nobody's where an evaluation is refused as a whole, as clients of one process refuse."""
+        try:
+            return self.transport.exchange(instruction, entry.clients)
+        except FedloraError as error:
+            if entry.phase != EVALUATION:
+                raise
+            logger.warning("the private evaluation was not done: %s", error)
+            return [ClientFailure(client, "refused") for client in entry.clients]
 
     def _facts(self, entry: ScheduledRound, state: ServerState, answered: Mapping[int, Facts]) -> dict[int, Facts]:
         """Facts of every client asked in `entry`. Who did not answer may still have released, and is charged for it."""
@@ -162,18 +181,39 @@ class Server:
                 updates[reply.client] = reply
         return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
 
-    def _apply(self, entry: ScheduledRound, state: ServerState, mean: Tensor) -> None:
+    def _apply(
+        self, entry: ScheduledRound, state: ServerState, updates: Sequence[ClientUpdate]
+    ) -> PrivateEvaluation | None:
+        """Put what came back into `state`; an evaluation leaves it alone and returns what was found."""
+        if entry.phase == EVALUATION:
+            return evaluated(self.workbench, updates)
+        mean = uniform_mean(updates)
         if entry.phase == PROTOTYPE:
             layout = self.workbench.payload_layout(PROTOTYPE)
             state.head = prototype_head(mean, layout, self.workbench.config.model.temperature)
             self.workbench.classifier.set_head(*state.head)
         else:
             state.theta = mean
+        return None
 
     def _metrics(self, entry: ScheduledRound, state: ServerState) -> Metrics:
-        last = entry.index == len(self.workbench.schedule) - 1
+        if entry.phase == EVALUATION:
+            return {}  # nothing has changed since the last round of fine-tuning
+        last = not any(later.phase == FINETUNE for later in self.workbench.schedule[entry.index + 1 :])
         due = entry.phase == PROTOTYPE or (entry.index + 1) % self.workbench.config.run.evaluate_every == 0
         return self.evaluate(state.theta) if due or last else {}
+
+
+def evaluated(workbench: Workbench, updates: Sequence[ClientUpdate]) -> PrivateEvaluation:
+    """What the noised counts of those who answered say together; no clipping, no weights, nothing private."""
+    layout = workbench.payload_layout(EVALUATION)
+    (phase,) = evaluation_phases(workbench.config)
+    total = exact_sum(updates) if updates else torch.zeros(layout.size, dtype=torch.float64)
+    return estimate_accuracy(
+        layout.view(total, layout.slots[0]),
+        noise_std=phase.mechanism.noise_multiplier * phase.sensitivity * math.sqrt(len(updates)),
+        clients=len(updates),
+    )
 
 
 def initial_state(workbench: Workbench, run_id: str) -> ServerState:

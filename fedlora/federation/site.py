@@ -25,18 +25,20 @@ class Site:
     """One data owner in one run."""
 
     client: int
-    records: np.ndarray
-    """Positions of its records in the data set at hand, int64 [n]."""
+    records: np.ndarray = field(repr=False)
+    """Positions in the data set at hand of the records it trains on, int64."""
     plan: PrivacyPlan
     schedule: tuple[ScheduledRound, ...]
     """The rounds this site takes part in."""
     secret: SecretRoot = field(repr=False)
     data_set: DataSet = field(repr=False)
     """Whose budget it spends. Who knows all records but one could test the last by the fingerprint: it never leaves."""
+    heldout: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    """Positions of those it keeps from training for the evaluation. How many they are is private; n counts both."""
     cap: Cap | None = None
     """The most that all runs on these records may spend; None in a simulation, where the plan is the only limit."""
     public_size: int | None = None
-    """The number of records, where it may be told."""
+    """The number of records, held-out ones among them, where it may be told."""
     run_id: str | None = None
     """The run that it takes part in, once it has done a round of it."""
     next_round: int = 0

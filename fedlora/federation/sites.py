@@ -11,6 +11,7 @@ from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
+from fedlora.data.holdout import held_out
 from fedlora.data.partition import partition
 from fedlora.errors import DataError
 from fedlora.federation.schedule import ScheduledRound
@@ -18,7 +19,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import DataSet
-from fedlora.privacy.plan import PROTOTYPE, make_plan
+from fedlora.privacy.plan import FINETUNE, make_plan
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed, SecretRoot
 
@@ -89,6 +90,8 @@ def make_site(
         BudgetRefused: ε cannot be met.
     """
     own = data.parts[client]
+    records = data.records.subset(own)
+    kept_back = _kept_back(config, records)
     mine = tuple(entry for entry in schedule if client in entry.clients)
     name, declared = "", None
     if policy is not None:
@@ -102,20 +105,32 @@ def make_site(
             "at that δ one record in n may be published. Set privacy.delta below it"
         )
     plan = make_plan(
-        config, num_examples=size, num_rounds=sum(entry.phase != PROTOTYPE for entry in mine), client=client
+        config, num_examples=size, num_rounds=sum(entry.phase == FINETUNE for entry in mine), client=client
     )
     if policy is not None:
         policy.check_plan(plan)
     return Site(
         client=client,
-        records=own,
+        records=own[~kept_back],
+        heldout=own[kept_back],
         public_size=None if declared else size,
         plan=plan,
         schedule=mine,
         secret=SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os(),
-        data_set=DataSet(fingerprint=fingerprint(data.records.subset(own)), name=name),
+        data_set=DataSet(fingerprint=fingerprint(records), name=name),
         cap=policy.cap(config.data.task) if policy is not None else None,
     )
+
+
+def _kept_back(config: RunConfig, records: Records) -> np.ndarray:
+    """Which of a site's records are kept from training, bool [n].
+
+    The split decides nothing else: n, and with it q and every divisor, stay those of all records, so that nobody learns
+    how many were kept back.
+    """
+    if not config.federation.private_evaluation:
+        return np.zeros(len(records), dtype=bool)
+    return held_out(records, config.data.heldout_share, PublicSeed.from_int(config.run.seed))
 
 
 def encode_training_data(workbench: Workbench, data: TrainingData) -> EncodedDataset:

@@ -15,12 +15,13 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.tasks import TASKS
 from fedlora.engine.backend import GradientBackend
+from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.prototypes import prototype_layout
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.models import Classifier, load_classifier
-from fedlora.privacy.plan import PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, PROTOTYPE
 from fedlora.randomness import PublicSeed
 
 
@@ -39,6 +40,8 @@ class Workbench:
         """What a client sends back in `phase`."""
         if phase == PROTOTYPE:
             return prototype_layout(self.classifier.num_labels, self.classifier.hidden_size)
+        if phase == EVALUATION:
+            return confusion_layout(self.classifier.num_labels)
         return self.layout
 
     def initial_theta(self) -> Tensor:

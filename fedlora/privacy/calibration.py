@@ -92,8 +92,8 @@ def _check_room(target: float, spent: float, delta: float) -> None:
     if spent >= target:
         raise BudgetRefused(
             f"the releases already fixed cost epsilon = {spent:.4g} at delta = {delta:g}, and the target is "
-            f"{target:g}: nothing is left for training; give them more noise (privacy.prototype_noise_multiplier), "
-            "drop them, or raise privacy.epsilon"
+            f"{target:g}: nothing is left for training; give them more noise (privacy.prototype_noise_multiplier, "
+            "privacy.evaluation_noise_multiplier), drop them, or raise privacy.epsilon"
         )
 
 

@@ -25,7 +25,7 @@ from fedlora.privacy.noise import NoiseSource
 from fedlora.privacy.projection import LowPass
 from fedlora.privacy.sampling import PoissonSampler
 
-PROTOTYPE, FINETUNE = "prototype", "finetune"
+PROTOTYPE, FINETUNE, EVALUATION = "prototype", "finetune", "evaluation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
     Raises:
         UnsoundMechanism: the mechanism protects nothing and privacy.allow_unsound is not set.
         DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
-        BudgetRefused: the phases before fine-tuning alone exceed ε.
+        BudgetRefused: the phases beside fine-tuning alone exceed ε.
     """
     privacy, batch = config.privacy, config.training.expected_batch_size
     if config.unsound and not privacy.allow_unsound:
@@ -139,7 +139,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
             f"training.expected_batch_size = {batch}, but client {client} has {num_examples} records; "
             f"set it to at most {num_examples}"
         )
-    before = _prototype_phases(config)
+    before, after = _prototype_phases(config), evaluation_phases(config)
     num_steps = num_rounds * config.federation.local_steps
     probability = batch / num_examples
     noise_multiplier = 0.0
@@ -149,7 +149,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
             delta=privacy.delta,
             sampling_probability=probability,
             num_steps=num_steps,
-            fixed=[phase.charge() for phase in before],
+            fixed=[phase.charge() for phase in (*before, *after)],
             accountant=privacy.accountant,
         )
     finetune = PhasePlan(
@@ -160,7 +160,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
         num_steps=num_steps,
         projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
     )
-    plan = PrivacyPlan(phases=(*before, finetune), delta=privacy.delta, accountant=privacy.accountant)
+    plan = PrivacyPlan(phases=(*before, finetune, *after), delta=privacy.delta, accountant=privacy.accountant)
     spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
     if spends > privacy.epsilon and not config.unsound:
         raise BudgetRefused(
@@ -174,13 +174,26 @@ def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     """The one release of per-class sums and counts: a record moves one unit row and one count, √2 in L2."""
     if config.model.head != "prototype":
         return ()
-    noise_multiplier = config.privacy.prototype_noise_multiplier if math.isfinite(config.privacy.epsilon) else 0.0
-    return (
-        PhasePlan(
-            name=PROTOTYPE,
-            sampler=PoissonSampler(1.0),
-            clipping=Clipping("flat", math.sqrt(2.0)),
-            mechanism=GaussianMechanism(noise_multiplier),
-            num_steps=1,
-        ),
+    return (_one_release(config, PROTOTYPE, math.sqrt(2.0), config.privacy.prototype_noise_multiplier),)
+
+
+def evaluation_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
+    """The one release of held-out counts, where it is asked for: a record is 1 in one cell of a confusion matrix.
+
+    A record is either trained on or held out, so the whole run costs it the larger of two prices. The plan charges
+    their sum: never less, and no argument about the split is needed.
+    """
+    if not config.federation.private_evaluation:
+        return ()
+    return (_one_release(config, EVALUATION, 1.0, config.privacy.evaluation_noise_multiplier),)
+
+
+def _one_release(config: RunConfig, name: str, sensitivity: float, noise_multiplier: float) -> PhasePlan:
+    """A sum over records, none left out by chance, released once under plain Gaussian noise of a multiplier given."""
+    return PhasePlan(
+        name=name,
+        sampler=PoissonSampler(1.0),
+        clipping=Clipping("flat", sensitivity),
+        mechanism=GaussianMechanism(noise_multiplier if math.isfinite(config.privacy.epsilon) else 0.0),
+        num_steps=1,
     )

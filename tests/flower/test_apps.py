@@ -146,7 +146,10 @@ def assert_same_adapter(ours: Path, theirs: Path) -> None:
 KEPT_ADAM = ("model.head=trained", "training.optimizer=adam", "training.keep_state=true", "training.learning_rate=0.1")
 
 
-@pytest.mark.parametrize("overrides", [(), KEPT_ADAM], ids=["prototype", "trained, adam kept"])
+EVALUATED = ("federation.private_evaluation=true", "data.heldout_share=0.3", "privacy.evaluation_noise_multiplier=2")
+
+
+@pytest.mark.parametrize("overrides", [EVALUATED, KEPT_ADAM], ids=["prototype, evaluation", "trained, adam kept"])
 @pytest.mark.parametrize("forgetful", [False, True], ids=["one process", "a process per message"])
 def test_both_transports_end_with_the_same_adapter(
     config: RunConfig, tmp_path: Path, overrides: tuple[str, ...], forgetful: bool
@@ -158,7 +161,7 @@ def test_both_transports_end_with_the_same_adapter(
     fused = simulate(config.with_overrides(f"run.out='{tmp_path / 'cohort'}'"), Silent())
     assert_same_adapter(flower, fused)
     ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
-    for key in ("clients", "metric", "bytes_up", "bytes_down", "config_digest", "noise_seeded"):
+    for key in ("clients", "metric", "bytes_up", "bytes_down", "config_digest", "noise_seeded", "private_evaluation"):
         assert ours[key] == theirs[key], key
 
 
