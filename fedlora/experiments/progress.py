@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from fedlora.config import RunConfig
+from fedlora.experiments.record import guarantee_of
 from fedlora.federation.server import RoundReport
 from fedlora.privacy.units import Guarantee, rounded_up
 
@@ -51,13 +52,7 @@ class TerminalProgress:
             f"{config.data.task} from {config.data.source}: {config.federation.clients} clients, "
             f"{config.adapter.method} rank {config.adapter.rank}"
         )
-        asked = Guarantee(
-            epsilon=config.privacy.epsilon,
-            delta=config.privacy.delta,
-            accountant=config.privacy.accountant,
-            noise_seeded=config.privacy.seeded_noise,
-        )
-        console.print(f"asked: {asked}")
+        console.print(f"asked: {Guarantee.from_config(config)}")
         if config.privacy.seeded_noise:
             console.print("noise seeded: NOT private, for reproducible research only", style="bold red")
         heads = {"round": "round", "phase": "phase", "metric": metric[:9], "epsilon": "ε spent"}
@@ -86,14 +81,8 @@ class TerminalProgress:
 def print_result(folder: Path) -> None:
     """Summary of a finished run from its record, which is what counts."""
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    worst = max(record["clients"], key=lambda facts: float(facts["epsilon"]))
-    guarantee = Guarantee(
-        epsilon=float(worst["epsilon"]),
-        delta=worst["delta"],
-        accountant=worst["accountant"],
-        noise_seeded=record["noise_seeded"],
-    )
-    metric, found = record["metric"], record.get("private_evaluation")
+    guarantee, metric = guarantee_of(record), record["metric"]
+    found = record.get("private_evaluation")
     rows = {
         metric["name"]: f"{metric['value']:.4f} on public {metric['split']}",
         **({"private accuracy": shown_evaluation(found)} if found else {}),
@@ -104,7 +93,7 @@ def print_result(folder: Path) -> None:
         "run folder": str(folder),
         "use it": f'fedlora predict {shlex.quote(str(folder))} "some text"',
     }
-    if math.isinf(guarantee.epsilon) or guarantee.noise_seeded:
+    if guarantee.flaws:
         del rows["not covered"]
     _print_rows(rows)
 

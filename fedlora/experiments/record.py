@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import fedlora
 from fedlora.config import RunConfig
+from fedlora.privacy.units import Guarantee
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "opacus", "datasets", "numpy", "dp-accounting", "flwr", "safetensors")
@@ -28,14 +29,24 @@ def make_record(
     bytes_down: int,
     clients: list[dict[str, Any]],
     execution: dict[str, Any],
+    model_digest: str,
+    privacy: dict[str, Any],
     private_evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The record of a finished run; `clients` are the public facts that the sites reported."""
+    """The record of a finished run.
+
+    Args:
+        clients: the public facts that the sites reported.
+        model_digest: of the base model's weights, `ModelSource.digest`.
+        privacy: `privacy_facts`.
+        private_evaluation: `PrivateEvaluation` as in rounds.jsonl; None where it was not asked for.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "fedlora_version": fedlora.__version__,
         "code_digest": code_digest(),
         "config_digest": config.digest(),
+        "model_digest": model_digest,
         "config": config.to_mapping(),
         "versions": versions(),
         "started": started,
@@ -50,7 +61,14 @@ def make_record(
         "bytes_down": bytes_down,
         "execution": execution,
         "clients": clients,
+        "privacy": privacy,
     }
+
+
+def guarantee_of(record: Mapping[str, Any]) -> Guarantee:
+    """The guarantee that a record states, as it was made or as read from JSON, where ∞ is the text "inf"."""
+    stated = record["privacy"]["guarantee"]
+    return Guarantee(**{**stated, "epsilon": float(stated["epsilon"])})
 
 
 def code_digest() -> str:

@@ -2,7 +2,7 @@
 
 config.toml   as resolved         rounds.jsonl   one object per round       curve.png
 record.json   the whole account   adapter/       in PEFT format             checkpoint.safetensors   while it runs
-ledger.sqlite what each simulated site was charged
+PRIVACY.md    what is promised    ledger.sqlite  what each simulated site was charged
 """
 
 from __future__ import annotations
@@ -137,6 +137,10 @@ class RunFolder:
     @property
     def record_file(self) -> Path:
         return self.path / "record.json"
+
+    @property
+    def privacy_file(self) -> Path:
+        return self.path / "PRIVACY.md"
 
     @property
     def checkpoint_file(self) -> Path:

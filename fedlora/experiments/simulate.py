@@ -18,7 +18,9 @@ from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
 from fedlora.experiments.model_card import model_card
 from fedlora.experiments.plots import plot_curve
-from fedlora.experiments.record import make_record
+from fedlora.experiments.privacy_facts import oversight_facts, privacy_facts
+from fedlora.experiments.privacy_report import privacy_report
+from fedlora.experiments.record import guarantee_of, make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
@@ -41,7 +43,6 @@ from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.plan import EVALUATION, PROTOTYPE
 from fedlora.privacy.policy import SitePolicy
-from fedlora.privacy.units import Guarantee
 from fedlora.randomness import PublicSeed
 
 
@@ -202,7 +203,9 @@ def _run_rounds(
         before_round=lambda entry: folder.mark_asked(entry.index),
     )
     state = server.run(state)
-    _finish(config, folder, workbench, evaluator, state, earlier + time.perf_counter() - clock)
+    seconds = earlier + time.perf_counter() - clock
+    oversight = oversight_facts(ledger, state.run_id, sites, own_ledger=folder.ledger_file.is_file())
+    _finish(config, folder, workbench, evaluator, state, seconds, oversight)
 
 
 def _state_to_go_on_from(
@@ -250,8 +253,9 @@ def _finish(
     evaluator: Evaluator,
     state: ServerState,
     wall_seconds: float,
+    oversight: dict[str, Any],
 ) -> None:
-    """Adapter, curve and, last, the record: a folder with a record is a whole one."""
+    """Adapter, curve, privacy report and, last, the record: a folder with a record is a whole one."""
     export_adapter(
         folder.adapter_folder,
         model=config.model,
@@ -264,16 +268,9 @@ def _finish(
         max_length=config.data.max_length,
     )
     rounds = folder.read_rounds()
-    guarantee = worst_guarantee(config, state)
-    plot_curve(
-        folder.curve_file,
-        rounds,
-        metric=evaluator.headline,
-        title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
-        guarantee=str(guarantee),
-    )
     trained = [line for line in rounds if line["phase"] != EVALUATION]
     metrics = trained[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
+    clients = [state.facts[client] for client in sorted(state.facts)]
     record = make_record(
         config,
         started=folder.started,
@@ -287,11 +284,20 @@ def _finish(
         private_evaluation=_private_evaluation(config, workbench, rounds),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
-        clients=[state.facts[client] for client in sorted(state.facts)],
+        clients=clients,
         execution=workbench.execution.describe(),
+        model_digest=workbench.classifier.source.digest,
+        privacy=privacy_facts(config, workbench, clients=clients, rounds=rounds, oversight=oversight),
     )
-    card = folder.adapter_folder / "README.md"
-    card.write_text(model_card(record, guarantee), encoding="utf-8")
+    plot_curve(
+        folder.curve_file,
+        rounds,
+        metric=evaluator.headline,
+        title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
+        guarantee=str(guarantee_of(record)),
+    )
+    (folder.adapter_folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    folder.privacy_file.write_text(privacy_report(record), encoding="utf-8")
     folder.write_record(record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
@@ -305,13 +311,3 @@ def _private_evaluation(
         return None
     found = next((line["private_evaluation"] for line in rounds if line["phase"] == EVALUATION), None)
     return found or asdict(evaluated(workbench, []))
-
-
-def worst_guarantee(config: RunConfig, state: ServerState) -> Guarantee:
-    """The guarantee of the site that spent most."""
-    return Guarantee(
-        epsilon=max(facts["epsilon"] for facts in state.facts.values()),
-        delta=config.privacy.delta,
-        accountant=config.privacy.accountant,
-        noise_seeded=config.privacy.seeded_noise,
-    )

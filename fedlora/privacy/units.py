@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
 
 _UNCOVERED = (
     "several records of one person (k of them have about k times this ε), the same record at another site, "
-    "other runs on the same data, the number of records, and choices made outside the run"
+    "other runs on the same data unless they share a ledger, the number of records where it is public, "
+    "how long things take, and choices made outside the run"
 )
 
 
@@ -22,6 +27,7 @@ class Guarantee:
         unit: what is added or removed between neighbouring data sets.
         relation: how neighbouring data sets differ.
         noise_seeded: noise and batches came from a public seed, so that nothing is promised.
+        unsound: the mechanism adds noise and yet releases something without any.
     """
 
     epsilon: float
@@ -30,6 +36,32 @@ class Guarantee:
     unit: str = "record"
     relation: str = "add/remove"
     noise_seeded: bool = False
+    unsound: bool = False
+
+    @classmethod
+    def from_config(cls, config: RunConfig, *, epsilon: float | None = None) -> Self:
+        """The guarantee that `config` asks for or, with the `epsilon` that was spent, the one that was kept."""
+        privacy = config.privacy
+        unsound = config.unsound and math.isfinite(privacy.epsilon)
+        return cls(
+            epsilon=math.inf if unsound else privacy.epsilon if epsilon is None else epsilon,
+            delta=privacy.delta,
+            accountant=privacy.accountant,
+            unit=privacy.unit,
+            noise_seeded=privacy.seeded_noise,
+            unsound=unsound,
+        )
+
+    @property
+    def flaws(self) -> tuple[str, ...]:
+        """Why nothing is promised; empty where something is."""
+        without_noise = math.isinf(self.epsilon) and not self.unsound
+        reasons = {
+            "noise seeded, not private": self.noise_seeded,
+            "ε = ∞, GReDP with real noise releases g_j − g_(n−j) as it is": self.unsound,
+            "ε = ∞, run without noise": without_noise,
+        }
+        return tuple(reason for reason, holds in reasons.items() if holds)
 
     @property
     def not_covered(self) -> str:
@@ -38,10 +70,8 @@ class Guarantee:
 
     def __str__(self) -> str:
         """One line for a table or a terminal; add `not_covered` below it."""
-        if self.noise_seeded:
-            return "no guarantee: noise seeded, not private"
-        if math.isinf(self.epsilon):
-            return "no guarantee: ε = ∞, run without noise"
+        if self.flaws:
+            return f"no guarantee: {'; '.join(self.flaws)}"
         return (
             f"ε = {rounded_up(self.epsilon):g} at δ = {self.delta:g} for one {self.unit} of one site "
             f"({self.relation}), by {self.accountant.upper()} accounting"

@@ -104,17 +104,17 @@ def test_seeded_noise_and_no_noise_are_called_not_private(watch: Watch) -> None:
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    facts = {"epsilon": 5.99612, "delta": 1e-5, "accountant": "pld"}
-    known = {
+    """Of a finished run, with `changes` of its guarantee."""
+    return {
+        "config": {"federation": {"private_evaluation": False}},
         "metric": {"name": "accuracy", "value": 0.8125, "split": "validation"},
-        "noise_seeded": False,
+        "private_evaluation": None,
         "bytes_up": 1000,
         "bytes_down": 2_000_000,
         "wall_seconds": 75.2,
         "peak_memory_bytes": 1.4e9,
-        "clients": [facts | {"epsilon": 1.0}, facts],
+        "privacy": {"guarantee": {"epsilon": 5.99612, "delta": 1e-5, "accountant": "pld"} | changes},
     }
-    return known | changes
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., s
     return print_of
 
 
-def test_the_result_is_the_worst_sites_guarantee_and_what_it_leaves_out(result: Callable[..., str]) -> None:
+def test_the_result_is_the_records_guarantee_and_what_it_leaves_out(result: Callable[..., str]) -> None:
     out = result()
     assert "guarantee    ε = 5.997 at δ = 1e-05 for one record of one site (add/remove), by PLD accounting\n" in out
     assert "not covered  several records of one person" in out
@@ -155,7 +155,7 @@ def test_in_a_terminal_texts_are_folded_and_paths_are_not_cut(
     ("changes", "words"),
     [
         ({"noise_seeded": True}, "noise seeded, not private"),
-        ({"clients": [{"epsilon": "inf", "delta": 1e-5, "accountant": "pld"}]}, "ε = ∞, run without noise"),
+        ({"epsilon": "inf"}, "ε = ∞, run without noise"),
     ],
 )
 def test_no_guarantee_is_called_that(result: Callable[..., str], changes: dict[str, Any], words: str) -> None:

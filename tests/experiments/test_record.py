@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_the_promised_keys_are_there(make_record: MakeRecord) -> None:
         "fedlora_version",
         "code_digest",
         "config_digest",
+        "model_digest",
         "config",
         "versions",
         "started",
@@ -81,6 +83,7 @@ def test_the_promised_keys_are_there(make_record: MakeRecord) -> None:
         "bytes_up",
         "bytes_down",
         "clients",
+        "privacy",
     } <= record.keys()
     assert record["metric"].keys() == {"name", "value", "split"}
     for client in record["clients"]:
@@ -103,6 +106,8 @@ def test_the_promised_keys_are_there(make_record: MakeRecord) -> None:
     assert record["schema_version"] == 1
     assert record["fedlora_version"] == fedlora.__version__
     assert record["code_digest"] == code_digest()
+    (weights,) = Path(record["config"]["model"]["name"]).glob("*.safetensors")
+    assert record["model_digest"] == sha256(weights.read_bytes()).hexdigest()
     assert record["versions"].keys() >= {"python", "torch", "transformers", "peft", "dp-accounting"}
     assert record["private"] is True
     assert record["wall_seconds"] > 0

@@ -113,6 +113,7 @@ def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     assert code == 0, said
     assert second.leftovers() == []
     assert [entry["round"] for entry in folder.read_rounds()] == list(range(7))
+    assert "limits of each site's own policy" in folder.privacy_file.read_text()
 
     fused = simulate(make_run("federation.rounds=6", f"run.out='{tmp_path / 'cohort'}'"), Silent())
     ours, theirs = (load_file(next((path / "adapter").glob("adapter*.safetensors"))) for path in (folder.path, fused))

@@ -1,0 +1,165 @@
+"""record.json's key "privacy": what the report on a run's privacy says, as numbers and names. All of it is public.
+
+Nothing here names a fingerprint, a place on a disk, or a number of records that a site keeps to itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
+from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.site import Site
+from fedlora.federation.workbench import Workbench
+from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy.egress import FACTS, PHASE_FACTS, Fact
+from fedlora.privacy.ledger import ABANDONED, RESERVED, SPENT, Ledger
+from fedlora.privacy.plan import FINETUNE
+from fedlora.privacy.units import Guarantee
+
+NO_POLICY, POLICY, SITES = "none", "policy", "sites"
+"""Whose rules the sites obeyed: nobody's (a simulation), one policy, or each its own, which the server does not see."""
+
+Facts = dict[str, Any]
+
+
+def privacy_facts(
+    config: RunConfig,
+    workbench: Workbench,
+    *,
+    clients: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, Any]],
+    oversight: Facts,
+) -> Facts:
+    """All that `privacy_report` needs beside the rest of the record.
+
+    Args:
+        clients: public facts of every client that was asked for anything.
+        rounds: lines of rounds.jsonl.
+        oversight: `oversight_facts`.
+    """
+    worst = max(clients, key=lambda facts: float(facts["epsilon"]))
+    answered = _answered(workbench.schedule, rounds)
+    return {
+        "guarantee": asdict(Guarantee.from_config(config, epsilon=worst["epsilon"])),
+        "worst_client": worst["client"],
+        "noise_source": "seeded" if config.privacy.seeded_noise else config.engine.noise,
+        "sites": [_site(facts, workbench.schedule, answered) for facts in clients],
+        "vectors_out": _vectors_out(workbench, answered),
+        "facts_out": _facts_out(clients),
+        **oversight,
+    }
+
+
+def oversight_facts(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *, own_ledger: bool) -> Facts:
+    """Under whose rules the sites took part, and what the ledger says where the run keeps it itself.
+
+    Args:
+        ledger: None where sites live elsewhere.
+        own_ledger: it lies in the run folder, as it does without a policy. What a policy's ledger says is its owner's.
+    """
+    if ledger is None:
+        return {"enforced": SITES, "ledger": None}
+    if not own_ledger:
+        return {"enforced": POLICY, "ledger": None}
+    return {"enforced": NO_POLICY, "ledger": _ledger(ledger, run_id, sites)}
+
+
+def _ledger(ledger: Ledger, run_id: str, sites: Sequence[Site]) -> list[Facts]:
+    """Per site of a simulation: rounds released, charged without a release, charged and done anew; ε of everything."""
+    entries = ledger.entries()
+    ended: dict[int | None, set[str]] = {}
+    for entry in entries:
+        ended.setdefault(entry.reservation, set()).add(entry.kind)
+    found = []
+    for site in sites:
+        states: Counter[str] = Counter()
+        for entry in entries:
+            own = entry.fingerprint == site.data_set.fingerprint and entry.run == run_id
+            if entry.kind == RESERVED and own:
+                kinds = ended.get(entry.id, set())
+                states[ABANDONED if ABANDONED in kinds else SPENT if SPENT in kinds else RESERVED] += 1
+        charges = tuple(ledger.charges(site.data_set))
+        spent = _priced(charges, site.plan.delta, site.plan.accountant)
+        counts = {state: states[state] for state in (SPENT, RESERVED, ABANDONED)}
+        found.append({"client": site.client, **counts, "epsilon": spent})
+    return found
+
+
+def _site(facts: Mapping[str, Any], schedule: Sequence[ScheduledRound], answered: Mapping[int, set[int]]) -> Facts:
+    """What one site spent, phase by phase. A site that never answered has not told its phases."""
+    client = facts["client"]
+    phases = [
+        {
+            "name": phase["name"],
+            "noise_multiplier": _nominal(facts, phase),
+            "epsilon_alone": epsilon_alone(phase, facts),
+        }
+        for phase in facts.get("phases", ())
+    ]
+    return {
+        "client": client,
+        "rounds_asked": sum(client in entry.clients for entry in schedule),
+        "rounds_answered": sum(client in clients for clients in answered.values()),
+        "phases": phases,
+    }
+
+
+def _nominal(facts: Mapping[str, Any], phase: Mapping[str, Any]) -> float:
+    """The σ of the mechanism's own description. Every phase but fine-tuning is plain Gaussian, where both are one."""
+    nominal: float = facts["noise_multiplier"] if phase["name"] == FINETUNE else phase["effective_noise_multiplier"]
+    return nominal
+
+
+def epsilon_alone(phase: Mapping[str, Any], facts: Mapping[str, Any]) -> float:
+    """ε of a phase as if it had been the only one; numbers that no accountant can price promise nothing."""
+    try:
+        charge = Charge(phase["sampling_probability"], phase["effective_noise_multiplier"], phase["num_steps"])
+        return _priced((charge,), facts["delta"], facts["accountant"])
+    except ConfigError:
+        return math.inf
+
+
+@functools.lru_cache(maxsize=1024)
+def _priced(charges: tuple[Charge, ...], delta: float, accountant: str) -> float:
+    """Sites of one size have one plan: each is priced once."""
+    return epsilon(charges, delta, accountant)
+
+
+def _answered(schedule: Sequence[ScheduledRound], rounds: Sequence[Mapping[str, Any]]) -> dict[int, set[int]]:
+    """Clients whose update arrived, by round; failures have a client's number as a key, which JSON makes a text."""
+    return {
+        line["round"]: {client for client in schedule[line["round"]].clients if str(client) not in line["failures"]}
+        for line in rounds
+    }
+
+
+def _vectors_out(workbench: Workbench, answered: Mapping[int, set[int]]) -> list[Facts]:
+    """Every kind of vector that left a site, slot by slot."""
+    updates: dict[str, int] = {}
+    for index, clients in answered.items():
+        phase = workbench.schedule[index].phase
+        updates[phase] = updates.get(phase, 0) + len(clients)
+    found = []
+    for phase, count in updates.items():
+        layout = workbench.payload_layout(phase)
+        slots = [{"name": slot.name, "shape": list(slot.shape), "bytes": 4 * slot.size} for slot in layout.slots]
+        found.append({"phase": phase, "updates": count, "bytes": 4 * layout.size, "slots": slots})
+    return found
+
+
+def _facts_out(clients: Sequence[Mapping[str, Any]]) -> list[Facts]:
+    """Every fact beside the vectors that the server got or worked out for a silent site, and why it may leave."""
+
+    def listed(allowed: Mapping[str, Fact], given: Sequence[Mapping[str, Any]], prefix: str = "") -> list[Facts]:
+        present = {key for facts in given for key in facts}
+        return [{"name": prefix + name, "why": fact.why} for name, fact in allowed.items() if name in present]
+
+    phases = [phase for facts in clients for phase in facts.get("phases", ())]
+    return listed(FACTS, clients) + listed(PHASE_FACTS, phases, "phases: ")

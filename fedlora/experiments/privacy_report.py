@@ -1,0 +1,207 @@
+"""PRIVACY.md: a finished run's privacy on one page, for somebody who has never seen the code.
+
+Made from the record alone, so that anyone can make it anew from record.json and nothing is in it that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedlora.experiments import privacy_words as words
+from fedlora.experiments.record import guarantee_of
+from fedlora.privacy.units import Guarantee, rounded_up
+
+Record = Mapping[str, Any]
+
+
+def privacy_report(record: Record) -> str:
+    """The report in Markdown, from the record of a finished run as it was made or as read from record.json."""
+    config, guarantee = record["config"], guarantee_of(record)
+    title = f"# Privacy report: {config['data']['task']}, {config['adapter']['method']}, {_count(record)}"
+    sections = {
+        "In plain words": [_plain_words(guarantee)],
+        "Against whom": [_against_whom(record)],
+        "What each site spent": [_phases(record), _totals(record), _silent(record)],
+        "What the ledger says": [_ledger(record)],
+        "What left the sites": [_vectors(record), _facts(record), words.ENVELOPE],
+        "What stayed": [words.STAYED],
+        "How the noise is made": [words.NOISE_SOURCE[record["privacy"]["noise_source"]], words.GRANULAR],
+        "What was done with noised values": [_post_processing(config)],
+        "Check ε yourself": [_snippet(guarantee)],
+        "What is not covered": [words.NOT_COVERED],
+        "Digests (SHA-256)": [_digests(record)],
+    }
+    parts = [title, _verdict(guarantee, record["privacy"]["worst_client"])]
+    for heading, texts in sections.items():
+        parts += [f"## {heading}", *filter(None, texts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _count(record: Record) -> str:
+    asked, all_sites = len(record["clients"]), record["config"]["federation"]["clients"]
+    return f"{all_sites} sites" if asked == all_sites else f"{asked} of {all_sites} sites took part"
+
+
+def _verdict(guarantee: Guarantee, worst: int) -> str:
+    if guarantee.flaws:
+        return "\n\n".join(f"# NO GUARANTEE: {flaw}" for flaw in guarantee.flaws)
+    return f"**{guarantee}.** That is site {worst}, which spent most; no site spent more."
+
+
+def _plain_words(guarantee: Guarantee) -> str:
+    if guarantee.flaws:
+        return words.NOTHING_PROMISED
+    found = math.ceil(1000 * most_detected(guarantee.epsilon, guarantee.delta)) / 10
+    return words.PROMISED.format(
+        unit=guarantee.unit, relation=guarantee.relation, epsilon=_number(guarantee.epsilon), found=f"{found:g}"
+    )
+
+
+def most_detected(epsilon: float, delta: float, false_alarms: float = 0.01) -> float:
+    """The largest chance of finding a record that was there, for a test with that chance of a false alarm.
+
+    Source: Kairouz, Oh and Viswanath 2015, "The Composition Theorem for Differential Privacy", theorem 2.1.
+    """
+    few = math.exp(min(epsilon, 700.0)) * false_alarms + delta
+    return min(1.0, few, 1 - math.exp(-epsilon) * (1 - delta - false_alarms))
+
+
+def _against_whom(record: Record) -> str:
+    holds = "see the verdict" if guarantee_of(record).flaws else "the guarantee above"
+    rows = [(who, text.format(holds=holds)) for who, text in words.AGAINST.items()]
+    rows.append(("whoever configures the run", words.ENFORCED[record["privacy"]["enforced"]]))
+    return _table(("who", "what holds"), rows)
+
+
+def _phases(record: Record) -> str:
+    rows = []
+    for facts, site in zip(record["clients"], record["privacy"]["sites"], strict=True):
+        for phase, extra in zip(facts.get("phases", ()), site["phases"], strict=True):
+            probability = phase["sampling_probability"]
+            row = (
+                phase["name"],
+                "Poisson: a coin for each record and step" if probability < 1 else "none: all records of the phase",
+                f"{probability:.6g}",
+                phase["mechanism"],
+                f"{extra['noise_multiplier']:.6g}",
+                f"{phase['effective_noise_multiplier']:.6g}",
+                f"{phase['sensitivity']:.6g}",
+                str(phase["num_steps"]),
+                _number(extra["epsilon_alone"]),
+            )
+            rows.append((facts["client"], row))
+    heads = ("phase", "sampler", "q", "mechanism", "nominal σ", "effective σ", "sensitivity", "steps")
+    return f"{words.PHASES}\n\n{_by_sites((*heads, 'ε of the phase alone'), rows)}" if rows else ""
+
+
+def _totals(record: Record) -> str:
+    rows = []
+    for facts, site in zip(record["clients"], record["privacy"]["sites"], strict=True):
+        row = (
+            _number(facts["epsilon"]),
+            f"{facts['delta']:g}",
+            facts["accountant"].upper(),
+            str(site["rounds_asked"]),
+            str(site["rounds_answered"]),
+        )
+        rows.append((facts["client"], row))
+    heads = ("ε of all phases together", "δ", "accountant", "rounds charged", "updates that arrived")
+    return f"{_by_sites(heads, rows)}\n\n{words.TOTALS}"
+
+
+def _silent(record: Record) -> str:
+    silent = [facts["client"] for facts in record["clients"] if "phases" not in facts]
+    return words.SILENT.format(sites=_listed(silent)) if silent else ""
+
+
+def _ledger(record: Record) -> str:
+    ledger = record["privacy"]["ledger"]
+    if ledger is None:
+        return words.LEDGER_ELSEWHERE
+    rows = [
+        (
+            site["client"],
+            (*(str(site[state]) for state in ("spent", "reserved", "abandoned")), _number(site["epsilon"])),
+        )
+        for site in ledger
+    ]
+    heads = ("rounds released", "charged, never released", "abandoned and done anew", "ε of all that is charged")
+    return f"{words.LEDGER_HERE}\n\n{_by_sites(heads, rows)}"
+
+
+def _vectors(record: Record) -> str:
+    rows = []
+    for vector in record["privacy"]["vectors_out"]:
+        rows.append((vector["phase"], "all slots as one vector", "", str(vector["bytes"]), str(vector["updates"])))
+        for slot in vector["slots"]:
+            shape = " × ".join(map(str, slot["shape"]))
+            rows.append((vector["phase"], slot["name"], shape, str(slot["bytes"]), ""))
+    table = _table(("phase", "slot", "shape", "bytes in one update", "updates that arrived, all sites"), rows)
+    return f"{words.VECTORS}\n\n{table}"
+
+
+def _facts(record: Record) -> str:
+    names: dict[str, list[str]] = {}
+    for fact in record["privacy"]["facts_out"]:
+        names.setdefault(fact["why"], []).append(fact["name"])
+    table = _table(("facts", "why they may leave"), [(", ".join(facts), why) for why, facts in names.items()])
+    return f"{words.FACTS}\n\n{table}"
+
+
+def _post_processing(config: Record) -> str:
+    used = [words.ALWAYS]
+    if (noise_filter := config["training"]["noise_filter"]) != "none":
+        used.append(words.FILTERED.format(noise_filter=noise_filter))
+    if (share := config["privacy"]["low_pass"]) < 1:
+        used.append(words.LOW_PASS.format(share=share))
+    return "\n".join(f"- {text}" for text in used)
+
+
+def _snippet(guarantee: Guarantee) -> str:
+    if math.isinf(guarantee.epsilon):
+        return words.NO_SNIPPET
+    caveat = f"\n\n{words.SEEDED_SNIPPET}" if guarantee.noise_seeded else ""
+    return words.SNIPPET.format(module=guarantee.accountant, name=words.ACCOUNTANTS[guarantee.accountant]) + caveat
+
+
+def _digests(record: Record) -> str:
+    names = {"config_digest": "settings", "code_digest": "code of fedlora", "model_digest": "base model's weights"}
+    rows = [(text, f"`{record[key]}`") for key, text in names.items()]
+    return f"{_table(('of', 'digest'), rows)}\n\n{words.DIGESTS.format(version=record['fedlora_version'])}"
+
+
+def _number(epsilon: float | str) -> str:
+    """ε with four digits, rounded up; the record holds all of them."""
+    value = float(epsilon)
+    return "∞" if math.isinf(value) else f"{rounded_up(value):g}"
+
+
+def _listed(sites: Iterable[int]) -> str:
+    """Site numbers, runs of them as first–last."""
+    runs: list[list[int]] = []
+    for site in sorted(sites):
+        if runs and site == runs[-1][-1] + 1:
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _by_sites(heads: Sequence[str], rows: Iterable[tuple[int, tuple[str, ...]]]) -> str:
+    """A table of `rows` (site, cells), in which sites with the same cells share a line."""
+    sites: dict[tuple[str, ...], list[int]] = {}
+    for site, cells in rows:
+        sites.setdefault(cells, []).append(site)
+    return _table(("sites", *heads), [(_listed(found), *cells) for cells, found in sites.items()])
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. Some texts come from other machines: none can end a cell, a line or begin a tag."""
+
+    def line(cells: Sequence[str]) -> str:
+        clean = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[") for cell in cells)
+        return f"| {' | '.join(clean)} |"
+
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
