@@ -16,6 +16,7 @@ WITHOUT_TORCH = (
     "fedlora.cli",
     "fedlora.config",
     "fedlora.errors",
+    "fedlora.experiments.budget",
     "fedlora.privacy.accounting",
     "fedlora.privacy.calibration",
     "fedlora.privacy.ledger",

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from fedlora.errors import BudgetRefused, LedgerBroken, LedgerUnavailable, RoundRepeated
+from fedlora.errors import BudgetRefused, LedgerBroken, LedgerUnavailable, ProtocolError, RoundRepeated
 from fedlora.privacy.accounting import Charge, epsilon_with
 
 FORMAT = 1
@@ -81,6 +81,10 @@ SELECT COUNT(*) FROM entry AS charge
 WHERE kind = 'reserved' AND run = :run AND round = :round AND unit = :unit AND relation = :relation
 AND (data_set, fingerprint) IN kin
 AND NOT EXISTS (SELECT 1 FROM entry WHERE reservation = charge.id AND kind = 'abandoned')
+"""
+
+_IS_OPEN = """
+SELECT 1 FROM entry WHERE id = ?1 AND kind = 'reserved' AND NOT EXISTS (SELECT 1 FROM entry WHERE reservation = ?1)
 """
 
 
@@ -147,10 +151,17 @@ class Entry:
 class Ledger:
     """A site's ledger; safe for several threads and processes at once."""
 
-    def __init__(self, connection: sqlite3.Connection, place: str) -> None:
-        """Use `open` or `in_memory`."""
+    def __init__(self, connection: sqlite3.Connection, place: str, *, writable: bool = True) -> None:
+        """Use `open`, `read` or `in_memory`."""
         self._connection, self._place, self._lock = connection, place, threading.Lock()
-        self._prepare()
+        self._begin = "BEGIN IMMEDIATE" if writable else "BEGIN"
+        try:
+            if writable:
+                self._prepare()
+            self._check_format()
+        except BaseException:
+            connection.close()
+            raise
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True) -> Self:
@@ -170,9 +181,29 @@ class Ledger:
             os.close(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600))
             connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error, ValueError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise LedgerUnavailable(f"cannot open the ledger {path}: {reason}; nothing was computed") from error
+            raise _unopened(path, error) from error
         return cls(connection, str(path))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The ledger at `path`, checked, for one who charges nothing; also while a site has it open.
+
+        No byte of it is written, and no file is made beside it: without a write-ahead log nobody has it open, and
+        SQLite may take the file for complete.
+
+        Raises:
+            LedgerUnavailable, LedgerBroken: as `open`.
+        """
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+            in_use = path.with_name(f"{path.name}-wal").exists()
+            address = f"{path.resolve().as_uri()}?mode=ro{'' if in_use else '&immutable=1'}"
+            connection = sqlite3.connect(
+                address, uri=True, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise _unopened(path, error) from error
+        return cls(connection, str(path), writable=False)
 
     @classmethod
     def in_memory(cls) -> Self:
@@ -199,9 +230,16 @@ class Ledger:
             return [self._reserve(request) for request in requests]
 
     def settle(self, reservations: Sequence[int]) -> None:
-        """Note that the updates of these reservations may leave the site."""
+        """Note that the updates of these reservations may leave the site.
+
+        Raises:
+            ProtocolError: one of them is not open: never made, settled before, or abandoned meanwhile.
+            LedgerUnavailable, LedgerBroken: nothing could be written.
+        """
         with self._transaction():
             for reservation in reservations:
+                if not self._connection.execute(_IS_OPEN, (reservation,)).fetchone():
+                    raise ProtocolError(f"reservation {reservation} is not open; its update does not leave the site")
                 self._append(SPENT, {"reservation": reservation})
 
     def abandon(self, run: str, *, from_round: int) -> None:
@@ -262,13 +300,13 @@ class Ledger:
             "unit": data_set.unit,
             "relation": data_set.relation,
             "run": request.run,
-            "round": request.round_index,
+            "round": int(request.round_index),
             "purpose": request.purpose,
             "sampling_probability": float(charge.sampling_probability),
             "noise_multiplier": float(charge.noise_multiplier),
             "num_steps": int(charge.num_steps),
-            "cap_epsilon": request.cap.epsilon if request.cap else None,
-            "cap_delta": request.cap.delta if request.cap else None,
+            "cap_epsilon": float(request.cap.epsilon) if request.cap else None,
+            "cap_delta": float(request.cap.delta) if request.cap else None,
         }
         return self._append(RESERVED, values)
 
@@ -280,10 +318,10 @@ class Ledger:
         spent = epsilon_with([], earlier, cap.delta) if earlier else 0.0
         alone = epsilon_with([], charges, cap.delta)
         raise BudgetRefused(
-            f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, this run from round {round_index} "
-            f"on alone ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} (all at "
-            f"δ = {cap.delta:g}); nothing was computed. Ask for fewer steps or more noise, or let the data's owner "
-            "raise the cap"
+            f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, this run from round "
+            f"{round_index} on alone ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} "
+            f"(all at δ = {cap.delta:g}); nothing was computed. Ask for fewer steps or more noise, or let the data's "
+            "owner raise the cap"
         )
 
     def _charged(self, data_set: DataSet) -> list[Charge]:
@@ -301,10 +339,11 @@ class Ledger:
 
     def _head(self) -> tuple[int, str]:
         """Number and digest of the last row, which must be the last one there is."""
-        count, digest = self._connection.execute("SELECT count, digest FROM head").fetchone()
+        heads = self._connection.execute("SELECT count, digest FROM head").fetchall()
         last = self._connection.execute("SELECT id, digest FROM entry ORDER BY id DESC LIMIT 1").fetchone()
-        if (last or (0, _GENESIS)) != (count, digest):
+        if heads != [last or (0, _GENESIS)]:
             raise LedgerBroken(f"the ledger {self._place} lacks its last rows, or has rows of other making; {_HELP}")
+        count, digest = heads[0]
         return count, digest
 
     def _verify(self, known_head: str | None) -> str:
@@ -323,7 +362,7 @@ class Ledger:
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
-        except sqlite3.Error as error:
+        except _UNUSABLE as error:
             raise self._unusable(error) from error
         with self._transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -333,7 +372,11 @@ class Ledger:
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO head VALUES (0, ?)", (_GENESIS,))
                 self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-            elif version != FORMAT:
+
+    def _check_format(self) -> None:
+        with self._transaction():
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if version != FORMAT:
                 raise LedgerBroken(f"{self._place} is no ledger of format {FORMAT}; give a site's ledger file")
             self._verify(None)
 
@@ -342,7 +385,7 @@ class Ledger:
         """Everything in here or nothing, with no other process in between."""
         with self._lock:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.execute(self._begin)
                 try:
                     yield
                     self._connection.execute("COMMIT")
@@ -350,16 +393,22 @@ class Ledger:
                     if self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
                     raise
-            except sqlite3.Error as error:
+            except _UNUSABLE as error:
                 raise self._unusable(error) from error
 
-    def _unusable(self, error: sqlite3.Error) -> LedgerBroken | LedgerUnavailable:
+    def _unusable(self, error: Exception) -> LedgerBroken | LedgerUnavailable:
         if isinstance(error, sqlite3.OperationalError):  # locked, read-only, disk full
             return LedgerUnavailable(f"cannot use the ledger {self._place}: {error}; nothing was computed")
         return LedgerBroken(f"{self._place} is no readable ledger ({error}); {_HELP}")
 
 
+_UNUSABLE = (sqlite3.Error, UnicodeDecodeError)  # the latter where a damaged name lands in SQLite's own message
 _HELP = "restore it from a backup and find out who changed it; until then nothing is computed on its data"
+
+
+def _unopened(path: Path, error: Exception) -> LedgerUnavailable:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return LedgerUnavailable(f"cannot open the ledger {path}: {reason}; nothing was computed")
 
 
 def _key(data_set: DataSet) -> dict[str, str]:
@@ -373,7 +422,7 @@ def _key(data_set: DataSet) -> dict[str, str]:
 
 def _digest(previous: str, row: tuple[str | int | float | None, ...]) -> str:
     """SHA-256 over the digest before and the row as JSON, whose numbers are written so that they read back equal."""
-    return hashlib.sha256((previous + json.dumps(row)).encode()).hexdigest()
+    return hashlib.sha256((previous + json.dumps(row, default=repr)).encode()).hexdigest()  # bytes: not of our making
 
 
 def _now() -> str:

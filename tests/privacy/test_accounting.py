@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Charge, epsilon, epsilon_curve, event
+from fedlora.privacy.accounting import Charge, epsilon, epsilon_curve, epsilon_with, event
 from fedlora.privacy.units import Guarantee, rounded_up
 
 DELTA = 1e-5
@@ -196,3 +196,49 @@ def test_a_printed_guarantee_names_all_it_rests_on() -> None:
 def test_rounding_for_print_never_flatters(value: float) -> None:
     shown = rounded_up(value)
     assert value * (1 - 1e-9) <= shown <= value * 1.002
+
+
+# --- one who pays round by round -------------------------------------------------------------------------------------
+
+KINDS = st.lists(CHARGES, min_size=0, max_size=3)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(KINDS, st.lists(CHARGES, min_size=1, max_size=2))
+def test_paying_by_round_costs_what_all_costs_together(earlier: list[Charge], new: list[Charge]) -> None:
+    from dp_accounting.pld import PLDAccountant
+
+    price = epsilon_with(earlier, new, DELTA)
+    exact = PLDAccountant(value_discretization_interval=2e-4).compose(event([*earlier, *new])).get_epsilon(DELTA)
+    finer = epsilon([*earlier, *new], DELTA)
+    assert price == pytest.approx(finer, rel=1e-3)
+    assert price >= min(exact, finer) * (1 - 1e-4), "two grids may differ by this much; neither is below the true ε"
+    assert price >= epsilon_with([], earlier, DELTA) * (1 - 2e-4)
+    assert epsilon_with([*earlier, *new], [Charge(0.1, 1.0, 20)], DELTA) > price
+    assert epsilon_with([*earlier, *new], [], DELTA) == pytest.approx(price, rel=1e-3)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(KINDS, CHARGES, st.sampled_from([0.2, 0.9, 0.97, 0.99, 0.998, 1.002, 1.01, 1.2, 3.0]))
+def test_a_bound_that_is_enough_decides_as_the_exact_one(earlier: list[Charge], new: Charge, share: float) -> None:
+    """Never granted above the limit; and never refused more than a thousandth below it."""
+    exact = epsilon([*earlier, new], DELTA)
+    limit = share * exact
+    bound = epsilon_with(earlier, [new], DELTA, enough=limit)
+    assert bound >= exact * (1 - 2e-4)
+    assert (bound <= limit) is (share > 1)
+
+
+def test_paying_by_round_at_the_edges() -> None:
+    assert epsilon_with([], [], DELTA) == 0
+    assert epsilon_with([], [Charge(0.1, 0.0, 0)], DELTA) == 0
+    assert epsilon_with([ROUND], [Charge(0.1, 0.0, 1)], DELTA, enough=math.inf) == math.inf
+    assert epsilon_with([Charge(0.1, 0.0, 1)], [ROUND], DELTA) == math.inf
+    with pytest.raises(ConfigError, match="delta"):
+        epsilon_with([], [ROUND], 0.0)
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-15])
+def test_paying_by_round_near_float_rounding_is_priced_upwards(delta: float) -> None:
+    charge = Charge(0.01, 1.415, 500)
+    assert 1.8927 < epsilon_with([charge], [charge], delta) <= epsilon([charge, charge], delta, "rdp")
