@@ -14,6 +14,7 @@
     │   └── LedgerBroken             a ledger whose rows were removed or altered
     ├── AdapterError             1   layouts that do not match
     ├── ProtocolError            1   a message that does not fit the round
+    ├── AuditContradiction       4   an audit's lower bound exceeds the claimed ε
     └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
 
 A message never contains text, labels, gradients or norms of private records.
@@ -80,6 +81,12 @@ class LedgerBroken(PrivacyError):
 
 class AdapterError(FedloraError):
     """Two sides disagree about slots, shapes or digest."""
+
+
+class AuditContradiction(FedloraError):
+    """An audit's lower bound exceeds the claimed ε: what was claimed is false, or a rare false alarm."""
+
+    exit_code = 4
 
 
 class RunInterrupted(FedloraError):

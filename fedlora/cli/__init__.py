@@ -13,6 +13,7 @@ import click
 import typer
 
 from fedlora.cli.adapters import evaluate, predict
+from fedlora.cli.audit import audit
 from fedlora.cli.budget import budget
 from fedlora.cli.calibrate import calibrate
 from fedlora.cli.simulate import simulate
@@ -25,7 +26,7 @@ app = typer.Typer(
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
-for command in (simulate, calibrate, budget, evaluate, predict):
+for command in (simulate, calibrate, budget, audit, evaluate, predict):
     app.command()(command)
 
 
