@@ -18,8 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, FedloraError, PolicyRefused, ProtocolError
+from fedlora.errors import AdapterError, ConfigError, FedloraError, PolicyRefused, ProtocolError
 from fedlora.experiments.record import code_digest
+from fedlora.privacy.policy import SitePolicy
 
 if TYPE_CHECKING:
     from fedlora.data.encode import EncodedDataset
@@ -68,22 +69,38 @@ def train(message: Message, context: Context) -> RecordDict:
 
     config = RunConfig.from_flower(context.run_config)
     instruction = wire.decode_instruction(_unpack(message))
-    cohort = _cohort(config, context.run_id, _client(context, config), _policy_file(context))
+    client, policy = _client(context, config), _policy(context)
+    if policy is None:
+        cohort = _simulated_cohort(config, context.run_id, client)
+    else:
+        cohort = _own_cohort(config, context.run_id, client, policy)
     (site,) = cohort.sites
     if "site" in context.state:
         memory.recall(site, bytes(context.state["site"]["memory"].data))  # type: ignore[union-attr]
     try:
         (update,) = cohort.run(instruction)
-    finally:
-        context.state["site"] = _pack(
-            "memory", memory.remember(site)
-        )  # an admitted round is spent, whatever came of it
+    finally:  # an admitted round is spent, whatever came of it
+        context.state["site"] = _pack("memory", memory.remember(site))
     return RecordDict({"update": _pack("bytes", wire.encode_update(update))})
 
 
 @functools.lru_cache(maxsize=1024)
-def _cohort(config: RunConfig, run_id: int, client: int, policy_file: str | None) -> Cohort:
-    """A cohort of one, kept as long as this process lives: the key names the run, since a site belongs to one.
+def _simulated_cohort(config: RunConfig, run_id: int, client: int) -> Cohort:
+    """A cohort of one simulated site, kept as long as this process lives: the key names the run, as a site has one."""
+    from fedlora.federation.cohort import Cohort
+    from fedlora.federation.sites import make_site
+    from fedlora.privacy.ledger import Ledger
+
+    workbench, data, encoded = _simulated(config)
+    site = make_site(config, data, workbench.schedule, client)
+    return Cohort(workbench=workbench, dataset=encoded, sites=[site], ledger=Ledger.in_memory())
+
+
+@functools.lru_cache(maxsize=1)
+def _own_cohort(config: RunConfig, run_id: int, client: int, policy: SitePolicy) -> Cohort:
+    """This node's own site in one run, kept until another run, or a change of its policy, asks for another.
+
+    One only: every other run could fill the memory with another base model.
 
     Raises:
         PolicyRefused: by the site's policy, before its records or a model are touched.
@@ -93,13 +110,7 @@ def _cohort(config: RunConfig, run_id: int, client: int, policy_file: str | None
     from fedlora.federation.sites import encode_training_data, load_own_data, localised, make_site
     from fedlora.federation.workbench import build_workbench
     from fedlora.privacy.ledger import Ledger
-    from fedlora.privacy.policy import SitePolicy
 
-    if policy_file is None:
-        workbench, data, encoded = _simulated(config)
-        site = make_site(config, data, workbench.schedule, client)
-        return Cohort(workbench=workbench, dataset=encoded, sites=[site], ledger=Ledger.in_memory())
-    policy = SitePolicy.from_toml(Path(policy_file))
     config = localised(config, policy)
     data = load_own_data(config, client)
     site = make_site(config, data, make_schedule(config), client, policy)
@@ -117,17 +128,17 @@ def _simulated(config: RunConfig) -> tuple[Workbench, TrainingData, EncodedDatas
     return workbench, data, encode_training_data(workbench, data)
 
 
-def _policy_file(context: Context) -> str | None:
-    """The site's policy, which whoever started this node names; None only for a node of a simulation.
+def _policy(context: Context) -> SitePolicy | None:
+    """The site's policy, read anew for every message, so that an edit counts at once; None for a simulated node.
 
-    Both come from the node's own configuration. No message from a server can change it.
+    Whoever started this node names it in the node's own configuration. No message from a server can change that.
 
     Raises:
-        PolicyRefused: this is no simulated node and it names no policy.
+        PolicyRefused: this is no simulated node and it names no policy, or one that cannot be used.
     """
     policy = context.node_config.get("policy")
     if isinstance(policy, str):
-        return policy
+        return SitePolicy.from_toml(Path(policy))
     if policy is None and "num-partitions" in context.node_config:  # given by Flower's simulation engine
         return None
     raise PolicyRefused(
@@ -165,7 +176,7 @@ def _pack(name: str, data: bytes) -> ArrayRecord:
 
 
 def _code(error: BaseException) -> str:
-    if isinstance(error, ProtocolError):
+    if isinstance(error, ProtocolError | AdapterError):
         return "protocol"
     exit_code = error.exit_code if isinstance(error, FedloraError) else 1
     return {2: "bad_input", 3: "refused"}.get(exit_code, "internal")

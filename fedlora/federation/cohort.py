@@ -25,6 +25,9 @@ LARGEST_VALUE = 10.0
 """Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
 the range of trained values a hostile theta can magnify that beyond the clip norm."""
 
+LARGEST_LOGIT = 1000.0
+"""Of a prototype head, for the same reason: its rows have a length of about model.temperature."""
+
 
 @dataclass(kw_only=True)
 class Cohort:
@@ -39,7 +42,8 @@ class Cohort:
         """One round of every site: check, charge, compute, noise, check what leaves.
 
         Raises:
-            ProtocolError: the instruction fits no round of a site or another layout; nothing is spent or trained.
+            ProtocolError: the instruction fits no round of a site, another layout, or has numbers out of range; nothing
+                is spent or trained.
             AdapterError: its head does not fit the classifier; nothing is spent or trained.
             BudgetRefused: a site's ledger does not grant the round; nothing is spent or trained.
             LedgerUnavailable, LedgerBroken: a charge cannot be written; nothing is trained.
@@ -63,7 +67,7 @@ class Cohort:
             )
         requests = [site.request(instruction) for site in self.sites]  # one refusal, and no site has spent its round
         if instruction.head is not None:
-            self.workbench.classifier.set_head(*instruction.head)
+            self._set_head(*instruction.head)
         reservations = self.ledger.reserve(requests)  # on disk before the first private step
         entries = [site.admit(instruction) for site in self.sites]
         compute = self._release if instruction.phase in (PROTOTYPE, EVALUATION) else self._train
@@ -74,6 +78,15 @@ class Cohort:
         ]
         self.ledger.settle(reservations)
         return updates
+
+    def _set_head(self, weight: Tensor, bias: Tensor) -> None:
+        if self.workbench.config.model.head != "prototype":
+            raise ProtocolError("instruction has a head, but model.head is not prototype: nobody sends one in this run")
+        if max(weight.abs().max(), bias.abs().max()) > LARGEST_LOGIT:
+            raise ProtocolError(
+                f"instruction's head has values beyond ±{LARGEST_LOGIT:g}; lower model.temperature in a run of yours"
+            )
+        self.workbench.classifier.set_head(weight, bias)
 
     def _update(self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor) -> ClientUpdate:
         layout = self.workbench.payload_layout(instruction.phase)

@@ -11,18 +11,21 @@ from safetensors.torch import load, save
 
 from fedlora.federation.site import Site
 
-_ROUND, _OPTIMIZER = "next_round", "optimizer/"
+_ROUND, _RUN, _OPTIMIZER = "next_round", "run_id", "optimizer/"
 
 
 def remember(site: Site) -> bytes:
-    """Which rounds are over, and the optimiser's state where the config keeps it."""
+    """The run that it takes part in, which rounds are over, and the optimiser's state where the config keeps it."""
     kept = {key: torch.as_tensor(value) for key, value in (site.optimizer_state or {}).items() if value is not None}
     tensors = {_OPTIMIZER + key: value.cpu().contiguous() for key, value in kept.items()}
-    return bytes(save(tensors | {_ROUND: torch.tensor(site.next_round)}))
+    run = torch.tensor(list((site.run_id or "").encode()), dtype=torch.uint8)
+    return bytes(save(tensors | {_ROUND: torch.tensor(site.next_round), _RUN: run}))
 
 
 def recall(site: Site, memory: bytes) -> None:
     """Put back what `remember` gave, wherever the site was rebuilt; a round that is over stays over."""
     tensors = load(memory)
     site.next_round = max(site.next_round, int(tensors.pop(_ROUND)))
+    run = bytes(tensors.pop(_RUN).tolist()).decode()
+    site.run_id = site.run_id or run or None
     site.optimizer_state = {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()} or None

@@ -13,7 +13,6 @@ from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
 from fedlora.data.holdout import held_out
 from fedlora.data.partition import partition
-from fedlora.errors import DataError
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
@@ -86,7 +85,7 @@ def make_site(
 
     Raises:
         DataError: δ is not below 1/n, or the expected batch does not fit the site's size.
-        PolicyRefused: the plan is not what the policy allows.
+        PolicyRefused: the plan is not what the policy allows, or its δ is too large for the data set.
         BudgetRefused: ε cannot be met.
     """
     own = data.parts[client]
@@ -98,12 +97,8 @@ def make_site(
         own_name, rules = policy.data_set(config.data.task)
         name = f"{own_name}/{client}" if len(data.parts) > 1 else own_name
         declared = None if rules.public_size == "exact" else rules.public_size
+        policy.check_size(config.data.task, len(own))
     size = declared or len(own)
-    if declared and config.private and config.privacy.delta >= 1 / len(own):  # with the exact size the plan looks
-        raise DataError(
-            f"privacy.delta = {config.privacy.delta:g} is not below 1/n of client {client} ({len(own)} records): "
-            "at that δ one record in n may be published. Set privacy.delta below it"
-        )
     plan = make_plan(
         config, num_examples=size, num_rounds=sum(entry.phase == FINETUNE for entry in mine), client=client
     )

@@ -104,7 +104,7 @@ def _decode(data: bytes, kinds: tuple[str, ...]) -> tuple[str, dict[str, Tensor]
         _refuse(f"a header of {length} bytes, wanted at most {MAX_HEADER_BYTES}")
     try:
         tensors = load(data)
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
         kind, fields = metadata.get("kind"), json.loads(metadata.get("fields", "null"), parse_constant=_refuse)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise ProtocolError("a message that is no safetensors blob with JSON fields; it is not used") from error
@@ -119,8 +119,9 @@ def _check_vectors(kind: str, tensors: Mapping[str, Tensor]) -> None:
     if tensors.keys() != wanted.keys():
         _refuse(f"{len(tensors)} tensors, wanted {', '.join(wanted)}")
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.dim() != wanted[name] or not torch.isfinite(tensor).all():
-            _refuse(f"a {name} that is not {wanted[name]}-dimensional, float32 and finite")
+        shaped = tensor.dtype == torch.float32 and tensor.dim() == wanted[name] and tensor.numel() > 0
+        if not shaped or not torch.isfinite(tensor).all():
+            _refuse(f"a {name} that is not {wanted[name]}-dimensional, float32, finite and of at least one number")
 
 
 def _refuse(what: str) -> NoReturn:

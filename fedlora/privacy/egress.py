@@ -90,7 +90,7 @@ def check_facts(facts: Any) -> None:
 
 
 def check_fields(fields: Any, wanted: Mapping[str, Fact]) -> None:
-    """Exactly the keys of `wanted`, each of its type: short text, whole numbers >= 0, numbers >= 0 that are not NaN."""
+    """Exactly the keys of `wanted`, each of its type: short printable text, finite numbers >= 0 (ε may be infinite)."""
     required = {key for key, fact in wanted.items() if not fact.optional}
     if not isinstance(fields, dict) or not required <= fields.keys() <= wanted.keys():
         _refuse(f"other fields than {', '.join(wanted)}")
@@ -102,7 +102,7 @@ def check_fields(fields: Any, wanted: Mapping[str, Fact]) -> None:
             int: whole,
             float: whole or number,
             bool: type(value) is bool,
-            str: type(value) is str and len(value) <= MAX_TEXT,
+            str: type(value) is str and len(value) <= MAX_TEXT and value.isprintable(),
             list: type(value) is list,
         }
         if not usable[kind]:

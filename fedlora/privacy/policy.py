@@ -1,20 +1,20 @@
 """A site's policy: what its owner allows, read from the owner's own disk. Whoever asks can be stricter, never looser.
 
     [site]      ledger = "ledger.sqlite"           # beside this file
-    [limits]    smallest_noise_multiplier = 0.4, largest_clip_norm = 2.0, most_steps_per_round = 50
+    [limits]    smallest_noise_multiplier = 0.4, largest_clip_norm = 2.0, most_steps_per_round = 50, most_rounds = 100
     [allow]     methods = ["ffa"], mechanisms = ["gaussian"], phases = ["prototype", "finetune"]
     [models]    "sentence-transformers/all-MiniLM-L6-v2" = "<SHA-256 of its weights>"
     [data.ward] task = "sst2", source = "/srv/ward", max_epsilon = 6.0, max_delta = 1e-6, public_size = "exact"
 
 It fails closed: a missing file, an unknown key or a value out of range refuses every run. A refusal names its rule at
-the site; the server learns no more than that it was refused. No torch.
+the site; the server learns no more than that it was refused. Every rule is explained in docs/policy.md. No torch.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -26,6 +26,9 @@ from fedlora.schema import Section, build_section, require_known, required, sett
 if TYPE_CHECKING:
     from fedlora.privacy.plan import PrivacyPlan
 
+NO_FOLDER = ("hub", "generated")
+"""Sources of records that are no folder."""
+
 _TABLES = ("site", "limits", "allow", "models", "data")
 
 
@@ -33,6 +36,7 @@ _TABLES = ("site", "limits", "allow", "models", "data")
 class SiteSection(Section, section="site"):
     ledger: str = setting("ledger.sqlite", "the site's ledger; a relative path starts at the policy's folder")
     device: str = setting("auto", "what this site computes on: auto, cpu, cuda, cuda:1")
+    token_budget: int | Literal["auto"] = setting("auto", "padded tokens that it computes at once", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,11 @@ class Limits(Section, section="limits"):
     smallest_noise_multiplier: float = setting(0.4, "effective σ of every phase, at least", above=0)
     largest_clip_norm: float = setting(10.0, "L2 bound of one record's gradient, at most", above=0)
     most_steps_per_round: int = setting(100, "private steps between two releases, at most", at_least=1)
+    # No question of privacy: what a run can make this site spend in memory and time.
+    most_rounds: int = setting(1000, "federation.rounds, at most", at_least=1)
+    most_clients: int = setting(1000, "federation.clients, at most", at_least=1)
+    largest_rank: int = setting(64, "adapter.rank, at most", at_least=1)
+    longest_input: int = setting(512, "data.max_length in tokens, at most", at_least=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +64,9 @@ class DataPolicy(Section, section="data"):
     """One data set of the site. All but the size must be given."""
 
     task: Task = required("the GLUE task whose columns and labels it has")
-    source: str = required("folder it lies in; the run's own data.source is not looked at")
+    source: str = required("folder it lies in, from the policy's folder; the run's own data.source is not looked at")
     max_epsilon: float = required("the most that all runs together may spend", above=0)
-    max_delta: float = required("δ of that budget; a run's own can be smaller", above=0, at_most=0.5)
+    max_delta: float = required("δ of that budget, below 1/n; a run's own can be smaller", above=0, at_most=0.5)
     public_size: int | Literal["exact"] = setting(
         "exact", "exact: n leaves with every update | a number to plan with in place of n, which then stays", at_least=1
     )
@@ -65,15 +74,15 @@ class DataPolicy(Section, section="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class SitePolicy:
-    """What this site allows."""
+    """What this site allows. Two policies are equal if they allow the same."""
 
     path: Path
     site: SiteSection
     limits: Limits
     allow: Allow
-    models: Mapping[str, str]
+    models: Mapping[str, str] = field(hash=False)
     """SHA-256 of the weights by model name, as `ModelSource.digest` gives it."""
-    data: Mapping[str, DataPolicy]
+    data: Mapping[str, DataPolicy] = field(hash=False)
     """By the site's own name for the data set."""
 
     @classmethod
@@ -137,10 +146,14 @@ class SitePolicy:
         return Cap(epsilon=data.max_epsilon, delta=data.max_delta)
 
     def localised(self, config: RunConfig) -> RunConfig:
-        """`config` with what only the site decides: where its records lie and what it computes on."""
+        """`config` with what only the site decides: where its records lie, what it computes on and how much at once."""
         _, data = self.data_set(config.data.task)
+        source = data.source if data.source in NO_FOLDER else str(self.path.parent / data.source)
         return replace(
-            config, data=replace(config.data, source=data.source), run=replace(config.run, device=self.site.device)
+            config,
+            data=replace(config.data, source=source),
+            engine=replace(config.engine, token_budget=self.site.token_budget),
+            run=replace(config.run, device=self.site.device),
         )
 
     def check_config(self, config: RunConfig) -> None:
@@ -149,7 +162,7 @@ class SitePolicy:
         Raises:
             PolicyRefused: naming the rule.
         """
-        privacy = config.privacy
+        privacy, federation, limits = config.privacy, config.federation, self.limits
         _, data = self.data_set(config.data.task)
         _member("methods", "adapter.method", config.adapter.method, self.allow.methods)
         _member("mechanisms", "privacy.mechanism", privacy.mechanism, self.allow.mechanisms)
@@ -157,9 +170,16 @@ class SitePolicy:
         _member("models", "model.name", config.model.name, tuple(self.models))
         _at_most("data.max_epsilon", "privacy.epsilon", privacy.epsilon, data.max_epsilon)
         _at_most("data.max_delta", "privacy.delta", privacy.delta, data.max_delta)
-        _at_most("limits.largest_clip_norm", "privacy.clip_norm", privacy.clip_norm, self.limits.largest_clip_norm)
-        steps, most = config.federation.local_steps, self.limits.most_steps_per_round
-        _at_most("limits.most_steps_per_round", "federation.local_steps", steps, most)
+        _at_most("limits.largest_clip_norm", "privacy.clip_norm", privacy.clip_norm, limits.largest_clip_norm)
+        steps = federation.local_steps
+        _at_most("limits.most_steps_per_round", "federation.local_steps", steps, limits.most_steps_per_round)
+        _at_most("limits.most_rounds", "federation.rounds", federation.rounds, limits.most_rounds)
+        _at_most("limits.most_clients", "federation.clients", federation.clients, limits.most_clients)
+        _at_most("limits.largest_rank", "adapter.rank", config.adapter.rank, limits.largest_rank)
+        _at_most("limits.longest_input", "data.max_length", config.data.max_length, limits.longest_input)
+        asked = {"prototype": config.model.head == "prototype", "evaluation": federation.private_evaluation}
+        for phase in ("finetune", *(name for name, wanted in asked.items() if wanted)):
+            _member("phases", "phase", phase, self.allow.phases)
         if privacy.seeded_noise or config.unsound:
             key = "privacy.seeded_noise" if privacy.seeded_noise else "privacy.gredp_noise = real"
             raise PolicyRefused("sound", f"{key} protects nothing; no site with a policy takes part")
@@ -175,6 +195,22 @@ class SitePolicy:
                 "models",
                 f"model {name} has weights {digest}, the policy allows {self.models.get(name)}; "
                 f"if they are meant, put them under [models] in {self.path}",
+            )
+
+    def check_size(self, task: str, num_examples: int) -> None:
+        """Refuse a data set whose budget lets one record in n be published, whatever a run asks for.
+
+        A run's own δ is below `max_delta`; to compare that one with 1/n would tell whoever tries several δ the size.
+
+        Raises:
+            PolicyRefused: without the number of records, which may be one that stays.
+        """
+        name, data = self.data_set(task)
+        if data.max_delta >= 1 / num_examples:
+            raise PolicyRefused(
+                "data.max_delta",
+                f"data.{name}.max_delta = {data.max_delta:g} in {self.path} is not below one over the number of its "
+                "records: at that δ one of them may be published. Set it below that",
             )
 
     def check_plan(self, plan: PrivacyPlan) -> None:

@@ -127,16 +127,28 @@ def test_an_instruction_that_does_not_fit_costs_nobody_anything(
     assert [site.next_round for site in federation.sites] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("head", ["frozen", "prototype"])
+@pytest.mark.parametrize(
+    ("head", "sent", "error"),
+    [
+        ("frozen", (torch.zeros(2, 16), torch.zeros(2)), ProtocolError),
+        ("prototype", (torch.zeros(2, 5), torch.zeros(2)), AdapterError),
+        ("prototype", (torch.zeros(3, 16), torch.zeros(3)), AdapterError),
+        ("prototype", (torch.full((2, 16), -1001.0), torch.zeros(2)), ProtocolError),
+        ("prototype", (torch.zeros(2, 16), torch.full((2,), 1e30)), ProtocolError),
+    ],
+    ids=["none is due", "another width", "other classes", "huge weights", "huge biases"],
+)
 def test_a_head_that_does_not_fit_costs_nobody_anything(
-    make_federation: Any, monkeypatch: pytest.MonkeyPatch, head: str
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch, head: str, sent: Any, error: type[Exception]
 ) -> None:
-    federation = make_federation(f"model.head={head}")
+    federation = make_federation(f"model.head={head}", "model.pooling=mean")
+    before = [tensor.clone() for tensor in federation.workbench.classifier.head.parameters()]
     monkeypatch.setattr(cohort, "train", lambda *_, **__: pytest.fail("trained"))
-    wrong = (torch.zeros(2, 5), torch.zeros(2))
-    with pytest.raises(AdapterError):
-        federation.exchange(federation.instruction(federation.workbench.schedule[-1], head=wrong), EVERYONE)
+    with pytest.raises(error):
+        federation.exchange(federation.instruction(federation.workbench.schedule[-1], head=sent), EVERYONE)
     assert [site.next_round for site in federation.sites] == [0, 0, 0]
+    assert federation.ledger.entries() == []
+    assert all(map(torch.equal, before, federation.workbench.classifier.head.parameters()))
 
 
 def test_what_is_not_finite_does_not_leave(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:

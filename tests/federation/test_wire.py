@@ -187,10 +187,10 @@ def test_a_flipped_byte_is_refused_or_harmless(data: st.DataObject) -> None:
 
 def test_a_site_remembers_what_is_over_wherever_it_is_rebuilt() -> None:
     before, after = make_site(), make_site()
-    before.next_round = 2
+    before.next_round, before.run_id = 2, INSTRUCTION.run_id
     before.optimizer_state = {"step": torch.tensor(4.0), "exp_avg": torch.ones(3), "momentum_buffer": None}
     recall(after, remember(before))
-    assert after.next_round == 2
+    assert (after.next_round, after.run_id) == (2, INSTRUCTION.run_id)
     assert after.optimizer_state is not None
     assert after.optimizer_state.keys() == {"step", "exp_avg"}
     assert torch.equal(after.optimizer_state["exp_avg"], torch.ones(3))
@@ -198,3 +198,5 @@ def test_a_site_remembers_what_is_over_wherever_it_is_rebuilt() -> None:
     assert after.next_round == 2, "a round that is over stays over"
     with pytest.raises(ProtocolError, match="already done"):
         after.admit(replace(INSTRUCTION, round_index=1))
+    with pytest.raises(ProtocolError, match="another run"):
+        after.admit(replace(INSTRUCTION, round_index=2, run_id="other"))

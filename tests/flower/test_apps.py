@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,8 @@ from fedlora.errors import FedloraError, RunFolderError
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import run_server, simulate
 from fedlora.federation import cohort
+from fedlora.models import locate_model
+from fedlora.privacy.ledger import Ledger
 from server.app import app as server_app
 from server.app import connect
 from server.transport import enrol
@@ -62,7 +66,7 @@ class LocalGrid(Grid):
 
     def deliver(self, message: Message) -> Message:
         if self.forgetful:
-            clients.app._cohort.cache_clear()
+            forget()
         node = message.metadata.dst_node_id
         context = pickle.loads(pickle.dumps(self.contexts[node]))
         answer = clients.app.app(pickle.loads(pickle.dumps(message)), context)
@@ -120,8 +124,14 @@ def config(tiny_model: Callable[..., Path], tmp_path: Path) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> None:
-    clients.app._cohort.cache_clear()
+    forget()
     clients.app._simulated.cache_clear()
+
+
+def forget() -> None:
+    """What a new process has not."""
+    clients.app._simulated_cohort.cache_clear()
+    clients.app._own_cohort.cache_clear()
 
 
 def run(config: RunConfig, grid: LocalGrid) -> Path:
@@ -350,3 +360,110 @@ def test_flower_runs_the_server_app_with_its_own_folder(config: RunConfig) -> No
     assert record["config"]["run"]["transport"] == "flower"
     with pytest.raises(RunFolderError, match="not empty"):
         server_app(LocalGrid(config), context)
+
+
+# --- sites with a policy ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(config: RunConfig, tmp_path: Path) -> tuple[RunConfig, LocalGrid, list[Path]]:
+    """Three nodes, each with its own records, policy and ledger; the run would have them look elsewhere."""
+    config = config.with_overrides("privacy.seeded_noise=false", "privacy.accountant=pld")
+    grid, folders = LocalGrid(config), [tmp_path / f"site{client}" for client in range(3)]
+    model = config.model.name
+    for client, folder in enumerate(folders):
+        folder.mkdir()
+        rows = {"sentence": [f"the plot was {'very ' * (n % 5)}good" for n in range(190 + client)]}
+        rows["label"] = [n % 2 for n in range(190 + client)]
+        pyarrow.parquet.write_table(pyarrow.table(rows), folder / "train.parquet")
+        policy = f'[site]\ndevice = "cpu"\n[models]\n"{model}" = "{locate_model(model).digest}"\n'
+        policy += "[limits]\nsmallest_noise_multiplier = 0.2\n"
+        policy += '[data.ward]\ntask = "sst2"\nsource = "."\nmax_epsilon = 6.5\nmax_delta = 1e-3\n'
+        (folder / "site.toml").write_text(policy)
+        grid.contexts[1000 - client].node_config = {"partition-id": client, "policy": str(folder / "site.toml")}
+        grid.contexts[1000 - client].run_config |= {"data.source": "/nowhere/at/all", "run.device": "cuda:99"}
+    return config, grid, folders
+
+
+def charges(folder: Path) -> list[tuple[int | None, str]]:
+    return [(row.round, row.kind) for row in Ledger.open(folder / "ledger.sqlite").entries()]
+
+
+def trained(grid: LocalGrid) -> list[Message]:
+    return [message for message in grid.sent if message.metadata.message_type == "train"]
+
+
+@pytest.mark.parametrize("forgetful", [False, True], ids=["one process", "a process per message"])
+def test_a_site_charges_its_own_ledger_and_trains_on_its_own_records(guarded: Any, forgetful: bool) -> None:
+    config, grid, folders = guarded
+    grid.forgetful = forgetful
+    record = json.loads((run(config, grid) / "record.json").read_text())
+    assert [facts["num_examples"] for facts in record["clients"]] == [190, 191, 192]
+    for folder in folders:
+        assert charges(folder) == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
+
+
+def test_a_node_that_names_no_policy_takes_part_in_nothing(guarded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config, grid, folders = guarded
+    del grid.contexts[1000].node_config["policy"]
+    replies: list[RecordDict] = []
+
+    def record(client: int, answer: Message) -> Message:
+        replies.extend([answer.content] * (client == 0))
+        return answer
+
+    grid.tamper = record
+    assert rounds(run(config, grid))[0]["failures"] == {"0": "refused"}
+    assert [dict(reply["failure"]) for reply in replies if "failure" in reply] == [{"code": "refused"}] * 3  # type: ignore[arg-type]
+    assert b"policy" not in pickle.dumps(replies), "why is nobody else's business"
+    assert "this node names no policy" in caplog.text
+    assert not (folders[0] / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken", "stricter"])
+def test_a_policy_that_cannot_be_used_or_does_not_allow_the_run_refuses_it(guarded: Any, damage: str) -> None:
+    config, grid, folders = guarded
+    policy = folders[1] / "site.toml"
+    text = policy.read_text()
+    policy.write_text("[site" if damage == "broken" else text.replace("max_epsilon = 6.5", "max_epsilon = 5.9"))
+    if damage == "missing":
+        policy.unlink()
+    assert rounds(run(config, grid))[0]["failures"] == {"1": "refused"}
+    assert not (folders[1] / "ledger.sqlite").exists()
+
+
+def test_an_edited_policy_counts_from_the_next_message_on(guarded: Any) -> None:
+    config, grid, folders = guarded
+
+    def edit(client: int, answer: Message) -> Message:
+        if len(trained(grid)) == 3 and client == 2:
+            policy = folders[2] / "site.toml"
+            policy.write_text(policy.read_text().replace("max_epsilon = 6.5", "max_epsilon = 5.9"))
+        return answer
+
+    grid.tamper = edit
+    assert [entry["failures"] for entry in rounds(run(config, grid))] == [{}, {"2": "refused"}, {"2": "refused"}]
+    assert charges(folders[2]) == [(0, "reserved"), (None, "spent")]
+
+
+def test_a_restarted_node_that_lost_its_memory_does_no_round_again(guarded: Any) -> None:
+    config, grid, folders = guarded
+    run(config, grid)
+    before = [charges(folder) for folder in folders]
+    for context in grid.contexts.values():
+        context.state = RecordDict()
+    grid.forgetful = True
+    for message in trained(grid):
+        assert dict(grid.deliver(message).content["failure"]) == {"code": "protocol"}  # type: ignore[arg-type]
+    assert [charges(folder) for folder in folders] == before
+
+
+def test_a_second_run_that_the_budget_does_not_allow_is_refused(guarded: Any, tmp_path: Path) -> None:
+    config, grid, folders = guarded
+    run(config, grid)
+    before = [charges(folder) for folder in folders]
+    for context in grid.contexts.values():
+        context.state, context.run_id = RecordDict(), RUN_ID + 1
+    with pytest.raises(FedloraError, match=r"\(refused\)"):
+        run(config.with_overrides(f"run.out='{tmp_path / 'second'}'"), grid)
+    assert [charges(folder) for folder in folders] == before
