@@ -195,9 +195,9 @@ class TableBackend:
         self.table, self.widths = table, widths or (table.shape[1],)
         self.slot_sizes = self.widths
         self.dataset = EncodedDataset(
-            ids=np.arange(len(table), dtype=np.int32),
-            starts=np.arange(len(table)),
-            lengths=np.ones(len(table), np.int64),
+            ids=np.repeat(np.arange(len(table), dtype=np.int32), 2),
+            starts=2 * np.arange(len(table)),
+            lengths=np.full(len(table), 2, np.int64),  # dummies have one token
             labels=np.zeros(len(table), np.int64),
             pad_token_id=0,
         )
@@ -205,7 +205,8 @@ class TableBackend:
 
     def gradients(self, theta: torch.Tensor, batch: Any, labels: Any, owner: torch.Tensor) -> list[torch.Tensor]:
         records = batch["input_ids"][:, 0]
-        self.asked.append((records.tolist(), owner.tolist()))
+        real = batch["attention_mask"].sum(dim=1) == 2
+        self.asked.append((records[real].tolist(), owner[real].tolist()))
         return [part.clone() for part in self.table[records].split(self.widths, dim=1)]
 
     def logits(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:

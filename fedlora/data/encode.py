@@ -57,30 +57,34 @@ class EncodedDataset:
         )
 
     def batch(
-        self, indices: np.ndarray, device: torch.device | str = "cpu"
+        self, indices: np.ndarray, device: torch.device | str = "cpu", *, shape: tuple[int, int] | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The records at `indices`, padded on the right to the longest of them.
+        """The records at `indices`, padded on the right to the longest of them, or to a given shape.
 
         Args:
             indices: int64 [m]; may be empty and may repeat.
             device: where the tensors go.
+            shape: rows >= m and columns >= longest; rows that no record fills are dummies of one padding token.
 
         Returns:
-            `input_ids`, `attention_mask` and, if the tokenizer gives them, `token_type_ids`, each int64 [m, longest];
-            and the labels [m], int64 for classes, float32 for scores.
+            `input_ids`, `attention_mask` and, if the tokenizer gives them, `token_type_ids`, int64 [rows, columns]; and
+            the labels [rows], int64 for classes, float32 for scores, 0 for dummies.
         """
         lengths = self.lengths[indices]
-        columns = np.arange(lengths.max(initial=0))
-        real = columns < lengths[:, None]
-        positions = self.starts[indices][:, None] + columns
+        rows, width = shape or (len(indices), int(lengths.max(initial=0)))
+        dummies = rows - len(indices)
+        columns = np.arange(width)
+        real = columns < np.pad(lengths, (0, dummies))[:, None]
+        positions = np.pad(self.starts[indices], (0, dummies))[:, None] + columns
         inputs = {
             "input_ids": _gather(self.ids, positions, real, self.pad_token_id),
             "attention_mask": real.astype(np.int64),
         }
+        inputs["attention_mask"][len(indices) :, :1] = 1  # a row that attends to nothing would be no number
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = _gather(self.token_type_ids, positions, real, self.pad_token_type_id)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        return tensors, torch.from_numpy(self.labels[indices]).to(device)
+        return tensors, torch.from_numpy(np.pad(self.labels[indices], (0, dummies))).to(device)
 
 
 def _gather(flat: np.ndarray, positions: np.ndarray, real: np.ndarray, padding: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
+from fedlora.engine.batching import fixed_shapes
 
 LEAST_SIGNAL = 5.0
 """How many standard deviations of its noise the noised number of records must reach to be divided by: noise alone does
@@ -29,20 +30,25 @@ def confusion_layout(num_labels: int) -> AdapterLayout:
 
 @torch.no_grad()
 def confusion_counts(
-    backend: GradientBackend, dataset: EncodedDataset, records: np.ndarray, theta: Tensor, layout: AdapterLayout
+    backend: GradientBackend,
+    dataset: EncodedDataset,
+    records: np.ndarray,
+    theta: Tensor,
+    layout: AdapterLayout,
+    token_budget: int,
 ) -> Tensor:
     """Un-noised counts of `theta`'s predictions [P] on `records`, flat [C * C] float64: private until noised.
 
-    Every record is predicted in a batch of its own. In a common batch it would share padding and kernels with others,
-    whose logits would then round differently: one of them could change its cell as well, and the sensitivity would not
-    be 1. Whatever the logits are, not finite ones too, a record counts in exactly one cell.
+    Shapes are fixed as in training: a record that changed the rounding of others' logits could move them to another
+    cell, and the sensitivity would not be 1. Whatever the logits are, not finite ones too, a record counts in one cell.
     """
     total = torch.zeros(layout.size, dtype=torch.float64, device=theta.device)
     confusion = layout.view(total, layout.slots[0])
-    for record in records:
-        batch, labels = dataset.batch(np.array([record]), theta.device)
+    for group in fixed_shapes(dataset.lengths[records], token_budget):
+        own = records[group.positions]
+        batch, labels = dataset.batch(own, theta.device, shape=(group.rows, group.columns))
         predicted = backend.logits(theta, batch).argmax(dim=1)
-        confusion[labels, predicted] += 1.0
+        confusion.index_put_((labels[: len(own)], predicted[: len(own)]), confusion.new_ones(len(own)), accumulate=True)
     return total
 
 

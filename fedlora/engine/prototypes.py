@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
-from fedlora.engine.batching import microbatches
+from fedlora.engine.batching import fixed_shapes
 from fedlora.models import Classifier
 
 
@@ -34,9 +34,10 @@ def class_sums(
     device = next(classifier.parameters()).device
     total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     sums, counts = (layout.view(total, slot) for slot in layout.slots)
-    for group in microbatches(dataset.lengths[records], token_budget):
-        batch, labels = dataset.batch(records[group], device)
-        embeddings = classifier.embed(batch)
+    for group in fixed_shapes(dataset.lengths[records], token_budget):
+        own = records[group.positions]
+        batch, labels = dataset.batch(own, device, shape=(group.rows, group.columns))
+        embeddings, labels = classifier.embed(batch)[: len(own)], labels[: len(own)]
         usable = torch.isfinite(embeddings).all(dim=1)
         embeddings, labels = embeddings[usable].double(), labels[usable]
         embeddings /= embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import microbatches
+from fedlora.engine.batching import FixedShape, fixed_shapes
 from fedlora.engine.filters import make_filter
 from fedlora.errors import PrivacyError
 from fedlora.privacy.noise import NoiseSource
@@ -110,24 +111,26 @@ def _private_mean_gradients(
     totals = torch.zeros_like(rows, dtype=torch.float64)
     phase = jobs[0].phase
     for group in _groups(dataset.lengths[records], owner, token_budget, fused=backend.fuses_clients):
-        batch, labels = dataset.batch(records[group], rows.device)
-        owners = torch.from_numpy(owner[group]).to(rows.device)
-        phase.add_clipped(totals, backend.gradients(rows.detach(), batch, labels, owners), owners)
+        batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
+        owners = torch.from_numpy(owner[group.positions]).to(rows.device)
+        everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
+        gradients = backend.gradients(rows.detach(), batch, labels, everyone)
+        phase.add_clipped(totals, [part[: len(owners)] for part in gradients], owners)
     return [
         job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
         for job, total in zip(jobs, totals, strict=True)
     ]
 
 
-def _groups(lengths: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool) -> Iterator[np.ndarray]:
-    """Micro-batches of positions, over all clients or, where the back end takes one at a time, client by client."""
+def _groups(lengths: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool) -> Iterator[FixedShape]:
+    """Micro-batches over all clients or, where the back end takes one at a time, client by client."""
     if fused:
-        yield from microbatches(lengths, token_budget)
+        yield from fixed_shapes(lengths, token_budget)
         return
     for client in np.unique(owner):
         positions = np.flatnonzero(owner == client)
-        for group in microbatches(lengths[positions], token_budget):
-            yield positions[group]
+        for group in fixed_shapes(lengths[positions], token_budget):
+            yield replace(group, positions=positions[group.positions])
 
 
 def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:

@@ -144,7 +144,9 @@ class Cohort:
         bench, layout = self.workbench, self.workbench.payload_layout(instruction.phase)
         if instruction.phase == EVALUATION:
             theta = instruction.theta.to(bench.execution.device)
-            return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout)
+            return confusion_counts(
+                bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget
+            )
         return class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
 
     def _noise(self, site: Site, index: int) -> NoiseSource:

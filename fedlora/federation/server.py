@@ -217,7 +217,7 @@ def evaluated(workbench: Workbench, updates: Sequence[ClientUpdate]) -> PrivateE
 
 
 def initial_state(workbench: Workbench, run_id: str) -> ServerState:
-    return ServerState(run_id=run_id, theta=workbench.initial_theta().to("cpu", torch.float32))
+    return ServerState(run_id=run_id, theta=workbench.initial_theta.to("cpu", torch.float32))
 
 
 def charged(client: int, entry: ScheduledRound, workbench: Workbench, known: Facts | None) -> Facts:

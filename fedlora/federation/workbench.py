@@ -5,16 +5,18 @@ Server, simulated cohort and a single client build the same thing, so their layo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.tasks import TASKS
 from fedlora.engine.backend import GradientBackend
+from fedlora.engine.company import check_company
 from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
@@ -35,6 +37,8 @@ class Workbench:
     layout: AdapterLayout
     backend: GradientBackend
     schedule: tuple[ScheduledRound, ...]
+    initial_theta: Tensor
+    """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
 
     def payload_layout(self, phase: str) -> AdapterLayout:
         """What a client sends back in `phase`."""
@@ -44,22 +48,13 @@ class Workbench:
             return confusion_layout(self.classifier.num_labels)
         return self.layout
 
-    def initial_theta(self) -> Tensor:
-        """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
-        theta = torch.zeros(self.layout.size, device=self.execution.device)
-        heads = {f"head:{path}": module for path, module in self.classifier.head_modules().items()}
-        for slot in self.layout.slots:
-            path, _, suffix = slot.name.rpartition("/")
-            if path in heads:
-                self.layout.view(theta, slot).copy_(getattr(heads[path], suffix))
-        return theta
-
 
 def build_workbench(config: RunConfig) -> Workbench:
     """Load the base model and attach the adapters.
 
     Raises:
         ModelError: the model or a target module cannot be found.
+        PrivacyError: on this machine records of one micro-batch influence one another.
     """
     seed = PublicSeed.from_int(config.run.seed)
     execution = choose_execution(config)
@@ -78,14 +73,46 @@ def build_workbench(config: RunConfig) -> Workbench:
     factors = {
         name: ffa.frozen_factor(seed, name, adapter.rank, module.in_features) for name, module in modules.items()
     }
+    initial_theta = _initial_theta(layout, heads).to(execution.device)
+    backend = _make_backend(config, classifier, layout, factors)
+    if config.private:
+        _check_company(config, execution, classifier, backend)
     return Workbench(
         config=config,
         execution=execution,
         classifier=classifier,
         layout=layout,
-        backend=_make_backend(config, classifier, layout, factors),
+        backend=backend,
         schedule=make_schedule(config),
+        initial_theta=initial_theta,
     )
+
+
+def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
+    theta = torch.zeros(layout.size)
+    modules = {f"head:{path}": module for path, module in heads.items()}
+    for slot in layout.slots:
+        path, _, suffix = slot.name.rpartition("/")
+        if path in modules:
+            layout.view(theta, slot).copy_(getattr(modules[path], suffix).detach())
+    return theta
+
+
+def _check_company(config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend) -> None:
+    """Without a head gradients are zero and the check blind: a random one stands in for a prototype head to come."""
+    shape = (classifier.num_labels, classifier.hidden_size)
+    if config.model.head == "prototype":
+        draw = PublicSeed.from_int(0).torch("company head")
+        classifier.set_head(torch.randn(shape, generator=draw), torch.zeros(shape[0]))
+    check_company(
+        backend,
+        vocabulary=len(classifier.tokenizer),
+        num_labels=classifier.num_labels,
+        token_budget=execution.token_budget,
+        device=execution.device,
+    )
+    if config.model.head == "prototype":
+        classifier.set_head(torch.zeros(shape), torch.zeros(shape[0]))
 
 
 def _make_backend(

@@ -42,9 +42,9 @@ def test_counts_are_those_of_the_models_predictions(
     dataset = random_records(LENGTHS, classes=3)
     if head == "prototype":
         bench.classifier.set_head(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
-    theta = bench.initial_theta() + 0.1
+    theta = bench.initial_theta + 0.1
     layout = confusion_layout(3)
-    counts = layout.view(confusion_counts(bench.backend, dataset, EVERY, theta, layout), layout.slots[0])
+    counts = layout.view(confusion_counts(bench.backend, dataset, EVERY, theta, layout, 512), layout.slots[0])
     wanted = torch.zeros(3, 3, dtype=torch.float64)
     for record in EVERY:
         batch, (label,) = dataset.batch(np.array([record]))
@@ -57,16 +57,16 @@ def test_counts_are_those_of_the_models_predictions(
 def test_adding_or_removing_a_record_moves_one_cell_by_one(random_records: Any, backend: Any) -> None:
     """Also with a model that would predict a record otherwise in company, or whose logits are no numbers."""
     dataset, layout, theta = random_records(LENGTHS, classes=3), confusion_layout(3), torch.zeros(1)
-    whole = confusion_counts(backend, dataset, EVERY, theta, layout)
+    whole = confusion_counts(backend, dataset, EVERY, theta, layout, 512)
     assert whole.sum() == len(EVERY)
     for left_out in EVERY:
-        rest = confusion_counts(backend, dataset, np.delete(EVERY, left_out), theta, layout)
+        rest = confusion_counts(backend, dataset, np.delete(EVERY, left_out), theta, layout, 512)
         assert sorted((whole - rest).tolist()) == [0.0] * 8 + [1.0]
 
 
 def test_no_record_counts_nothing(random_records: Any) -> None:
     layout = confusion_layout(3)
-    counts = confusion_counts(Broken(), random_records(LENGTHS), EVERY[:0], torch.zeros(1), layout)  # type: ignore[arg-type]
+    counts = confusion_counts(Broken(), random_records(LENGTHS), EVERY[:0], torch.zeros(1), layout, 512)  # type: ignore[arg-type]
     assert counts.tolist() == [0.0] * 9
 
 

@@ -245,7 +245,7 @@ def test_at_the_start_the_adapted_model_is_the_base_model(make_bench: Any, rando
     for head in ("frozen", "trained"):
         bench = make_bench(f"model.head={head}")
         base = untouched_classifier(bench.config, 2)(batch)
-        assert torch.allclose(bench.backend.logits(bench.initial_theta(), batch), base, atol=1e-6)
+        assert torch.allclose(bench.backend.logits(bench.initial_theta, batch), base, atol=1e-6)
 
 
 def test_bfloat16_base_gives_finite_float32_gradients_near_the_exact_ones(make_bench: Any, random_records: Any) -> None:

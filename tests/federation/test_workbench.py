@@ -18,7 +18,7 @@ def test_two_participants_agree_on_layout_schedule_and_frozen_weights(make_bench
         one, other = make_bench("model.head=trained"), make_bench(*overrides)
         assert one.layout.digest == other.layout.digest
         assert one.schedule == other.schedule
-        assert torch.equal(one.initial_theta(), other.initial_theta())
+        assert torch.equal(one.initial_theta, other.initial_theta)
         batch = {"input_ids": torch.arange(4, 12).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}
         theta = torch.randn(one.layout.size, generator=torch.Generator().manual_seed(0))
         assert torch.allclose(one.backend.logits(theta, batch), other.backend.logits(theta, batch), atol=1e-5)
@@ -33,11 +33,11 @@ def test_another_configuration_has_another_layout(make_bench: Any, override: str
 
 def test_training_starts_at_b_zero_and_at_the_heads_own_values(make_bench: Any) -> None:
     bench = make_bench("model.head=trained")
-    theta = bench.initial_theta()
+    theta = bench.initial_theta
     values = {slot.name: bench.layout.view(theta, slot) for slot in bench.layout.slots}
     assert all(not value.any() for name, value in values.items() if name.endswith("/B"))
     assert values["head:classifier/weight"].any()
-    assert not make_bench().initial_theta().any()
+    assert not make_bench().initial_theta.any()
 
 
 def test_the_prototype_payload_has_its_own_layout(make_bench: Any) -> None:
