@@ -360,7 +360,7 @@ class Ledger:
 
     def _prepare(self) -> None:
         try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._switch_to_write_ahead_log()
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
         except _UNUSABLE as error:
             raise self._unusable(error) from error
@@ -372,6 +372,18 @@ class Ledger:
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO head VALUES (0, ?)", (_GENESIS,))
                 self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _switch_to_write_ahead_log(self) -> None:
+        """SQLite does not wait for another process that is at the same switch, so this does."""
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     def _check_format(self) -> None:
         with self._transaction():
