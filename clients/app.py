@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -139,13 +140,18 @@ def _policy(context: Context) -> SitePolicy | None:
     policy = context.node_config.get("policy")
     if isinstance(policy, str):
         return SitePolicy.from_toml(Path(policy))
-    if policy is None and "num-partitions" in context.node_config:  # given by Flower's simulation engine
+    if policy is None and _in_simulation_engine():
         return None
     raise PolicyRefused(
-        "policy",
         "this node names no policy, so it takes part in nothing; start it with "
         """--node-config 'partition-id=… policy="/path/to/site.toml"'""",
     )
+
+
+def _in_simulation_engine() -> bool:
+    """Whether this process is a worker of Flower's simulation engine: one of Ray's, which a real node never is."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _client(context: Context, config: RunConfig) -> int:

@@ -14,6 +14,7 @@
     │   └── LedgerBroken             a ledger whose rows were removed or altered
     ├── AdapterError             1   layouts that do not match
     ├── ProtocolError            1   a message that does not fit the round
+    │   └── RoundRepeated            a round that was done before
     ├── AuditContradiction       4   an audit's lower bound exceeds the claimed ε
     └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
 
@@ -64,9 +65,9 @@ class UnsoundMechanism(PrivacyError):
 
 
 class PolicyRefused(PrivacyError):
-    """The site's policy does not allow what was asked, or there is no policy to ask; `rule` names the one that did."""
+    """The site's policy does not allow what was asked, or there is no policy to ask; `rule` names what refused."""
 
-    def __init__(self, rule: str, message: str) -> None:
+    def __init__(self, message: str, *, rule: str = "policy") -> None:
         super().__init__(message)
         self.rule = rule
 

@@ -126,7 +126,7 @@ LIES = {
         file="fedlora/federation/cohort.py",
         sound="        reservations = self.ledger.reserve(requests)  # on disk before the first private step\n",
         planted="        reservations: list[int] = []\n",
-        checks=(_COHORT, "tests/federation/test_site.py"),
+        checks=("tests/federation/test_kill.py",),
     ),
     "an empty batch is skipped": Lie(
         file="fedlora/engine/training.py",

@@ -25,7 +25,7 @@ from fedlora.randomness import PublicSeed
 Attention = Literal["auto", "eager", "sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Padded tokens of a micro-batch. More is faster per token, but shapes are fixed and what is not filled is wasted.
-CPU_TOKENS, ACCELERATOR_TOKENS = 512, 4096
+CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 4096
 
 
 @dataclass(frozen=True, kw_only=True)

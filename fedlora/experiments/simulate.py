@@ -85,6 +85,8 @@ def simulate(config: RunConfig, progress: Progress, policy: SitePolicy | None = 
     """
     RunFolder.check_free(config)
     prepared = _prepare(config, policy)
+    if policy is not None:
+        _check_budgets(prepared.sites, policy)
     folder = RunFolder.create(prepared.workbench.config)
     _run_cohort(prepared, folder, progress, policy)
     return folder.path
@@ -98,7 +100,7 @@ def resume(path: Path, progress: Progress, policy: SitePolicy | None = None) -> 
     """
     folder = RunFolder.open(path)
     config = folder.read_config()
-    if folder.ledger_file.is_file() != (policy is None):
+    if folder.last_asked() >= 0 and folder.ledger_file.is_file() != (policy is None):
         raise RunFolderError(
             f"cannot resume {path}: it was begun {'without' if policy else 'under'} a policy; "
             f"{'leave --policy out' if policy else 'name the same one with --policy'}"
@@ -135,6 +137,19 @@ def _prepare(config: RunConfig, policy: SitePolicy | None) -> _Prepared:
     workbench = build_workbench(resolve(config))
     dataset = encode_training_data(workbench, data)
     return _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench))
+
+
+def _check_budgets(sites: Sequence[Site], policy: SitePolicy) -> None:
+    """Refuse a run that some site's budget does not allow to finish, before anything is written but the ledger.
+
+    Raises:
+        BudgetRefused: with the sum spelled out.
+        LedgerUnavailable, LedgerBroken: the policy's ledger cannot be used.
+    """
+    with closing(Ledger.open(policy.ledger)) as ledger:
+        for site in sites:
+            if site.cap is not None:
+                ledger.check_room(site.data_set, site.planned_charges(), site.cap)
 
 
 def _run_cohort(prepared: _Prepared, folder: RunFolder, progress: Progress, policy: SitePolicy | None) -> None:

@@ -80,6 +80,10 @@ class Site:
             cap=self.cap,
         )
 
+    def planned_charges(self) -> list[Charge]:
+        """What all its scheduled rounds will be charged."""
+        return [self._charge(entry) for entry in self.schedule]
+
     def _charge(self, entry: ScheduledRound) -> Charge:
         """Noise that anyone can repeat protects nothing, whatever the plan says."""
         charge = self.plan[entry.phase].charge(entry.num_steps)

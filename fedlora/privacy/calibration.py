@@ -101,7 +101,8 @@ def _guess(epsilon: float, delta: float, sampling_probability: float, num_steps:
     """A σ to start from: the central limit theorem's. It steers where the search begins and nothing else."""
     spread = math.sqrt(2 * math.log(1 / delta))
     mean = math.sqrt(spread**2 + 2 * epsilon) - spread  # μ of a Gaussian mechanism with ε ≈ μ²/2 + μ·spread
-    return 1 / math.sqrt(math.log1p((mean / sampling_probability) ** 2 / num_steps))
+    steepness = (mean / sampling_probability / math.sqrt(num_steps)) ** 2 if mean < 1e100 else math.inf
+    return 1 / math.sqrt(math.log1p(min(max(steepness, 1e-12), 1e12)))
 
 
 def _smallest_noise(price: Callable[[float], float], target: float, guess: float, stride: float) -> float:

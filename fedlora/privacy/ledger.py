@@ -229,6 +229,15 @@ class Ledger:
         with self._transaction():
             return [self._reserve(request) for request in requests]
 
+    def check_room(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap) -> None:
+        """Whether `charges` would be granted now. Charges nothing and promises nothing.
+
+        Raises:
+            BudgetRefused: together with all that is charged they pass the cap.
+        """
+        with self._transaction():
+            self._refuse_overspending(data_set, charges, cap, "this run")
+
     def settle(self, reservations: Sequence[int]) -> None:
         """Note that the updates of these reservations may leave the site.
 
@@ -293,7 +302,8 @@ class Ledger:
                 "each round is done once"
             )
         if request.cap is not None:
-            self._refuse_overspending(data_set, [charge, *request.outlook], request.cap, request.round_index)
+            rest = f"this run from round {request.round_index} on"
+            self._refuse_overspending(data_set, [charge, *request.outlook], request.cap, rest)
         values: _Row = {
             "data_set": data_set.name,
             "fingerprint": data_set.fingerprint,
@@ -310,7 +320,7 @@ class Ledger:
         }
         return self._append(RESERVED, values)
 
-    def _refuse_overspending(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap, round_index: int) -> None:
+    def _refuse_overspending(self, data_set: DataSet, charges: Sequence[Charge], cap: Cap, what: str) -> None:
         earlier = self._charged(data_set)
         total = epsilon_with(earlier, charges, cap.delta, enough=cap.epsilon)
         if total <= cap.epsilon:
@@ -318,8 +328,8 @@ class Ledger:
         spent = epsilon_with([], earlier, cap.delta) if earlier else 0.0
         alone = epsilon_with([], charges, cap.delta)
         raise BudgetRefused(
-            f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, this run from round "
-            f"{round_index} on alone ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} "
+            f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, {what} alone "
+            f"ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} "
             f"(all at δ = {cap.delta:g}); nothing was computed. Ask for fewer steps or more noise, or let the data's "
             "owner raise the cap"
         )

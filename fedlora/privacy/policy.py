@@ -96,9 +96,9 @@ class SitePolicy:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
             return cls._from_tables(path, tables)
         except OSError as error:
-            raise PolicyRefused("policy", f"cannot read the policy {path}: {error.strerror}; nothing runs") from error
+            raise PolicyRefused(f"cannot read the policy {path}: {error.strerror}; nothing runs") from error
         except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PolicyRefused("policy", f"the policy {path} is broken: {error}; nothing runs") from error
+            raise PolicyRefused(f"the policy {path} is broken: {error}; nothing runs") from error
 
     @classmethod
     def _from_tables(cls, path: Path, tables: Mapping[str, Any]) -> Self:
@@ -137,7 +137,8 @@ class SitePolicy:
         found = [(name, entry) for name, entry in self.data.items() if entry.task == task]
         if len(found) != 1:
             raise PolicyRefused(
-                "data", f"the policy {self.path} has {len(found)} data sets for task {task}, wanted one"
+                f"the policy {self.path} has {len(found)} data sets for task {task}, wanted one",
+                rule="data",
             )
         return found[0]
 
@@ -182,7 +183,7 @@ class SitePolicy:
             _member("phases", "phase", phase, self.allow.phases)
         if privacy.seeded_noise or config.unsound:
             key = "privacy.seeded_noise" if privacy.seeded_noise else "privacy.gredp_noise = real"
-            raise PolicyRefused("sound", f"{key} protects nothing; no site with a policy takes part")
+            raise PolicyRefused(f"{key} protects nothing; no site with a policy takes part", rule="sound")
 
     def check_model(self, name: str, digest: str) -> None:
         """Refuse weights other than those the policy names.
@@ -192,9 +193,9 @@ class SitePolicy:
         """
         if self.models.get(name) != digest:
             raise PolicyRefused(
-                "models",
                 f"model {name} has weights {digest}, the policy allows {self.models.get(name)}; "
                 f"if they are meant, put them under [models] in {self.path}",
+                rule="models",
             )
 
     def check_size(self, task: str, num_examples: int) -> None:
@@ -208,9 +209,9 @@ class SitePolicy:
         name, data = self.data_set(task)
         if data.max_delta >= 1 / num_examples:
             raise PolicyRefused(
-                "data.max_delta",
                 f"data.{name}.max_delta = {data.max_delta:g} in {self.path} is not below one over the number of its "
                 "records: at that δ one of them may be published. Set it below that",
+                rule="data.max_delta",
             )
 
     def check_plan(self, plan: PrivacyPlan) -> None:
@@ -224,16 +225,16 @@ class SitePolicy:
             noise, least = phase.mechanism.effective_noise_multiplier, self.limits.smallest_noise_multiplier
             if not noise >= least:
                 raise PolicyRefused(
-                    "limits.smallest_noise_multiplier",
                     f"phase {phase.name} has noise multiplier {noise:.4g}, the policy wants at least {least:g}",
+                    rule="limits.smallest_noise_multiplier",
                 )
 
 
 def _member(rule: str, what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise PolicyRefused(rule, f"{what} = {shown(value)}, the policy allows {', '.join(allowed) or 'none'}")
+        raise PolicyRefused(f"{what} = {shown(value)}, the policy allows {', '.join(allowed) or 'none'}", rule=rule)
 
 
 def _at_most(rule: str, what: str, value: float, most: float) -> None:
     if not value <= most:
-        raise PolicyRefused(rule, f"{what} = {value:g}, the policy allows at most {most:g}")
+        raise PolicyRefused(f"{what} = {value:g}, the policy allows at most {most:g}", rule=rule)

@@ -100,6 +100,12 @@ def _context(client: int, config: RunConfig) -> Context:
     )
 
 
+@pytest.fixture(autouse=True)
+def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These nodes run in the test's process and not in Ray's; as real ones they would need policies."""
+    monkeypatch.setattr(clients.app, "_in_simulation_engine", lambda: True)
+
+
 class Silent:
     def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
 
@@ -403,9 +409,13 @@ def test_a_site_charges_its_own_ledger_and_trains_on_its_own_records(guarded: An
         assert charges(folder) == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
 
 
-def test_a_node_that_names_no_policy_takes_part_in_nothing(guarded: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_names_no_policy_takes_part_in_nothing(
+    guarded: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, grid, folders = guarded
+    monkeypatch.setattr(clients.app, "_in_simulation_engine", lambda: False)
     del grid.contexts[1000].node_config["policy"]
+    grid.contexts[1000].node_config["num-partitions"] = 3  # as Flower's examples start real nodes
     replies: list[RecordDict] = []
 
     def record(client: int, answer: Message) -> Message:
