@@ -1,7 +1,8 @@
 # From a clean checkout with Python >= 3.11 and nothing else:
 #   make demo    the quickstart: a private federated run on this machine, two minutes after installation
-#   make test    every test
-# Also: lint, slow, clean. What they need is installed into .venv once, and again when pyproject.toml or
+#   make test    every test but the slow ones
+#   make slow    the slow ones: lies planted in scratch copies, a site killed 200 times, long audits
+# Also: lint, clean. What they need is installed into .venv once, and again when pyproject.toml or
 # constraints.txt change. Set PYTHON to choose the interpreter .venv is made from, TORCH_OPTIONS to choose where torch
 # comes from: on Linux the package index serves a CUDA build of several gigabytes; pytorch.org names an index of CPU builds
 # (make demo TORCH_OPTIONS="--index-url ...").
@@ -12,6 +13,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Nothing phones home, and no test depends on the weather of the hub.
@@ -33,10 +35,10 @@ demo: $(VENV)/.installed
 test slow: export HF_HUB_OFFLINE = 1
 test slow: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
