@@ -53,7 +53,9 @@ def test_the_readmes_commands_run_one_after_the_other(
     for words in commands(ROOT / "README.md"):
         if "flower" in words or "--resume" in words:
             continue
-        if words[0] == "simulate":
+        if words[0] == "audit":
+            words = [*words, "--trials", "1000", "--canaries", "20"]
+        if words[0] in ("simulate", "audit"):
             words = [*words, *(part for override in tiny for part in ("--set", override))]
         if "--source" in words:
             words[words.index("--source") + 1] = "generated"
@@ -62,7 +64,7 @@ def test_the_readmes_commands_run_one_after_the_other(
             main()
         assert ended.value.code == 0, (words, capfd.readouterr().err)
         done.append(words[0])
-    assert set(done) == {"simulate", "calibrate", "evaluate", "predict"}
+    assert set(done) == {"simulate", "calibrate", "audit", "budget", "evaluate", "predict"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
