@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.batches import logical_batch, pad_to
 from benchmarks.contenders import CONTENDERS, Base, Batch, Contender, Execution, Fedlora, Settings
 from benchmarks.spread import Spread, ratios, take_turns
-from fedlora.engine.batching import microbatches
+from fedlora.engine.batching import fixed_shapes
 from fedlora.engine.execution import CPU_TOKENS
 
 RECORDS, FIXED = 128, 128
@@ -23,20 +23,20 @@ Parts = list[tuple[Batch, Any]]
 
 
 def ragged_job(repeats: int, order: random.Random) -> dict[str, Any]:
-    """A step on the same records: padded to 128 as examples do, to the longest record, and sorted in micro-batches."""
+    """A step on the same records: padded to 128 as examples do, to the longest record, and as `train` does it."""
     dataset = logical_batch(Base.load(USUAL), RECORDS)
-    whole, groups = np.arange(RECORDS), list(microbatches(dataset.lengths, CPU_TOKENS))
+    whole, groups = np.arange(RECORDS), list(fixed_shapes(dataset.lengths, CPU_TOKENS))
     longest = [dataset.batch(whole)]
     fixed = [(pad_to(batch, FIXED), labels) for batch, labels in longest]
-    sorted_parts = [dataset.batch(group) for group in groups]
+    fixed_parts = [dataset.batch(group.positions, shape=(group.rows, group.columns)) for group in groups]
     ways: dict[str, tuple[str, Execution, Parts]] = {
         REFERENCE: ("opacus_hooks", USUAL, fixed),
         "opacus_hooks, float32 sdpa, padded to the longest": ("opacus_hooks", USUAL, longest),
         "peft without privacy, float32 sdpa, padded to 128": ("peft", USUAL, fixed),
         "fedlora, float32 sdpa, padded to 128": ("fedlora", USUAL, fixed),
         "fedlora, float32 sdpa, padded to the longest": ("fedlora", USUAL, longest),
-        "fedlora, float32 sdpa, sorted micro-batches": ("fedlora", USUAL, sorted_parts),
-        "fedlora, bfloat16 eager, sorted micro-batches": ("fedlora", HALF, sorted_parts),
+        "fedlora, float32 sdpa, fixed shapes": ("fedlora", USUAL, fixed_parts),
+        "fedlora, bfloat16 eager, fixed shapes": ("fedlora", HALF, fixed_parts),
     }
     makers = {key: CONTENDERS[key[0]](Base.load(key[1]), Settings()) for key in {way[:2] for way in ways.values()}}
     tasks = {name: _task(makers[way[:2]], way[2]) for name, way in ways.items()}
