@@ -25,7 +25,7 @@ Parts = list[tuple[Batch, Any]]
 def ragged_job(repeats: int, order: random.Random) -> dict[str, Any]:
     """A step on the same records: padded to 128 as examples do, to the longest record, and as `train` does it."""
     dataset = logical_batch(Base.load(USUAL), RECORDS)
-    whole, groups = np.arange(RECORDS), list(fixed_shapes(dataset.lengths, CPU_TOKENS))
+    whole, groups = np.arange(RECORDS), list(fixed_shapes(dataset.lengths, CPU_TOKENS, dataset.longest))
     longest = [dataset.batch(whole)]
     fixed = [(pad_to(batch, FIXED), labels) for batch, labels in longest]
     fixed_parts = [dataset.batch(group.positions, shape=(group.rows, group.columns)) for group in groups]

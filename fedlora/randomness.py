@@ -15,11 +15,14 @@ of a stream can tell the rest. That takes 23 to 38 ns a normal number against 13
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
+
+from fedlora.errors import PrivacyError
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +73,10 @@ class SecretRoot(_Streams):
     """Streams that only their owner can reproduce, unless `is_seeded`."""
 
     is_seeded: bool = False
+    _process: int = field(default_factory=os.getpid, repr=False, compare=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret root is never written down")
 
     @classmethod
     def from_os(cls) -> SecretRoot:
@@ -81,7 +88,13 @@ class SecretRoot(_Streams):
         return cls(hashlib.sha256(f"fedlora seeded noise {seed}".encode()).digest(), is_seeded=True)
 
     def numpy(self, *path: PathPart) -> np.random.Generator:
-        """A NumPy generator for the stream `path`: ChaCha20 (RFC 8439) under a key of 256 bits, from counter 0."""
+        """A NumPy generator for the stream `path`: ChaCha20 (RFC 8439) under a key of 256 bits, from counter 0.
+
+        Raises:
+            PrivacyError: in another process than made the root: a forked copy would draw the same noise again.
+        """
+        if os.getpid() != self._process:
+            raise PrivacyError("a secret root was carried into another process, which has to make its own")
         from randomgen import ChaCha
 
         key = int.from_bytes(_stream_key(self.root, path), "little")

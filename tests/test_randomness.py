@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import secrets
 from itertools import combinations
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.errors import PrivacyError
 from fedlora.randomness import PublicSeed, SecretRoot, _stream_key
 
 PARTS = st.one_of(st.text(max_size=8), st.integers(-5, 10**9))
@@ -120,8 +122,8 @@ def test_roots_are_immutable() -> None:
     root = SecretRoot.seeded(0)
     with pytest.raises(AttributeError):
         root.root = b"0"  # type: ignore[misc]
-    assert copy.deepcopy(root) == root
-    assert pickle.loads(pickle.dumps(root)) == root
+    public = PublicSeed.from_int(0)
+    assert pickle.loads(pickle.dumps(public)) == public
 
 
 def test_global_generators_are_left_alone(untouched_global_generator: None) -> None:
@@ -129,3 +131,13 @@ def test_global_generators_are_left_alone(untouched_global_generator: None) -> N
     first_numbers(SecretRoot.from_os(), "a")
     first_numbers(PublicSeed.from_int(1), "a")
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+
+
+def test_a_secret_root_stays_in_its_process_and_is_never_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = SecretRoot.from_os()
+    for write in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="never written down"):
+            write(root)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(PrivacyError, match="another process"):
+        root.numpy("noise")

@@ -34,6 +34,7 @@ class EncodedDataset:
         pad_token_id: fills a batch to the right of short records.
         token_type_ids: int32 [total tokens], or None where the tokenizer gives none.
         pad_token_type_id: the same for `token_type_ids`.
+        longest: tokens of the longest record that there could be; public.
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class EncodedDataset:
     pad_token_id: int
     token_type_ids: np.ndarray | None = None
     pad_token_type_id: int = 0
+    longest: int = 512
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -121,6 +123,7 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int
         pad_token_id=pad,
         token_type_ids=np.concatenate(types) if types else None,
         pad_token_type_id=tokenizer.pad_token_type_id,
+        longest=limit,
     )
 
 

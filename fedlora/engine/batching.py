@@ -28,13 +28,14 @@ class FixedShape:
     columns: int
 
 
-def fixed_shapes(lengths: np.ndarray, token_budget: int) -> Iterator[FixedShape]:
+def fixed_shapes(lengths: np.ndarray, token_budget: int, longest: int) -> Iterator[FixedShape]:
     """Cut records of `lengths` [N] into micro-batches whose shape no other record decides; nothing for N = 0.
 
-    Columns are the length rounded up, rows what fits into `token_budget` tokens of such a width, at least two. One row
-    always stays a dummy: transformers leaves out an attention mask that masks nothing, which takes another kernel.
+    Columns are the length rounded up, but not beyond `longest`, which is what the model can take and no record's doing;
+    rows are what fits into `token_budget` tokens of such a width, at least two. One row always stays a dummy:
+    transformers leaves out an attention mask that masks nothing, which takes another kernel.
     """
-    widths = -(-lengths // _COLUMNS) * _COLUMNS
+    widths = np.minimum(np.maximum(-(-lengths // _COLUMNS), 1) * _COLUMNS, longest)
     for width in np.unique(widths)[::-1].tolist():  # longest first: the first one shows whether memory suffices
         positions = np.flatnonzero(widths == width)
         rows = max(2, token_budget // width)

@@ -20,7 +20,7 @@ _WIDTHS = (8, 24)
 
 
 def check_company(
-    backend: GradientBackend, *, vocabulary: int, num_labels: int, token_budget: int, device: torch.device
+    backend: GradientBackend, *, vocabulary: int, num_labels: int, token_budget: int, longest: int, device: torch.device
 ) -> None:
     """Compare one record's gradient alone, beside others, and in another row, to the last bit.
 
@@ -29,13 +29,14 @@ def check_company(
         vocabulary: size of the model's vocabulary.
         num_labels: C; 1 for scores.
         token_budget: as in training; from it follow the shapes.
+        longest: tokens that the model can take.
 
     Raises:
         PrivacyError: the gradients differ.
     """
     draw = PublicSeed.from_int(0).numpy("company")
-    theta = torch.from_numpy(draw.normal(0, 0.3, (1, sum(backend.slot_sizes)))).float().to(device)
-    for width in _WIDTHS:
+    theta = torch.from_numpy(draw.normal(0, 0.3, (2, sum(backend.slot_sizes)))).float().to(device)
+    for width in sorted({min(width, longest) for width in _WIDTHS}):
         rows = max(2, token_budget // width)
         dataset = _random_records(draw, 2 * rows, width, vocabulary, num_labels)
         crowd, others = np.arange(rows - 1), np.arange(rows, 2 * rows - 2)
@@ -55,7 +56,7 @@ def check_company(
 def _random_records(
     draw: np.random.Generator, count: int, width: int, vocabulary: int, num_labels: int
 ) -> EncodedDataset:
-    lengths = draw.integers(width - 3, width + 1, count)
+    lengths = draw.integers(max(1, width - 3), width + 1, count)
     labels = draw.integers(0, num_labels, count) if num_labels > 1 else draw.normal(size=count).astype(np.float32)
     ids = draw.integers(0, vocabulary, lengths.sum()).astype(np.int32)
     return EncodedDataset(ids=ids, starts=np.cumsum(lengths) - lengths, lengths=lengths, labels=labels, pad_token_id=0)
@@ -70,7 +71,8 @@ def _gradient(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """[P], of the record in `row` of a micro-batch of `members`."""
+    """[P], of the record in `row` of a micro-batch of `members`, who are another client's where one can be beside it."""
     batch, labels = dataset.batch(members, device, shape=shape)
-    owner = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    owner = torch.full(shape[:1], int(backend.fuses_clients), device=device)
+    owner[row] = 0
     return torch.cat([part[row] for part in backend.gradients(theta, batch, labels, owner)])

@@ -44,7 +44,7 @@ def confusion_counts(
     """
     total = torch.zeros(layout.size, dtype=torch.float64, device=theta.device)
     confusion = layout.view(total, layout.slots[0])
-    for group in fixed_shapes(dataset.lengths[records], token_budget):
+    for group in fixed_shapes(dataset.lengths[records], token_budget, dataset.longest):
         own = records[group.positions]
         batch, labels = dataset.batch(own, theta.device, shape=(group.rows, group.columns))
         predicted = backend.logits(theta, batch).argmax(dim=1)

@@ -34,7 +34,7 @@ def class_sums(
     device = next(classifier.parameters()).device
     total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     sums, counts = (layout.view(total, slot) for slot in layout.slots)
-    for group in fixed_shapes(dataset.lengths[records], token_budget):
+    for group in fixed_shapes(dataset.lengths[records], token_budget, dataset.longest):
         own = records[group.positions]
         batch, labels = dataset.batch(own, device, shape=(group.rows, group.columns))
         embeddings, labels = classifier.embed(batch)[: len(own)], labels[: len(own)]

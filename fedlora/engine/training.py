@@ -110,7 +110,7 @@ def _private_mean_gradients(
     owner = np.repeat(np.arange(len(jobs)), [len(part) for part in drawn])
     totals = torch.zeros_like(rows, dtype=torch.float64)
     phase = jobs[0].phase
-    for group in _groups(dataset.lengths[records], owner, token_budget, fused=backend.fuses_clients):
+    for group in _groups(dataset, records, owner, token_budget, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
         owners = torch.from_numpy(owner[group.positions]).to(rows.device)
         everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
@@ -122,14 +122,17 @@ def _private_mean_gradients(
     ]
 
 
-def _groups(lengths: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool) -> Iterator[FixedShape]:
+def _groups(
+    dataset: EncodedDataset, records: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool
+) -> Iterator[FixedShape]:
     """Micro-batches over all clients or, where the back end takes one at a time, client by client."""
+    lengths = dataset.lengths[records]
     if fused:
-        yield from fixed_shapes(lengths, token_budget)
+        yield from fixed_shapes(lengths, token_budget, dataset.longest)
         return
     for client in np.unique(owner):
         positions = np.flatnonzero(owner == client)
-        for group in fixed_shapes(lengths[positions], token_budget):
+        for group in fixed_shapes(lengths[positions], token_budget, dataset.longest):
             yield replace(group, positions=positions[group.positions])
 
 

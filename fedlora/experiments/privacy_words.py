@@ -20,7 +20,7 @@ AGAINST = {
     "server, malicious": "{holds}, whatever it sends, as long as the site's code and settings are its own: a site does "
     "each scheduled round once, refuses other layouts and numbers out of range, clips and noises whatever it is "
     "asked (on rounding see below)",
-    "other sites": "{holds}: they see means of updates, which is less",
+    "other sites": "{holds}: they see means of updates, from which one of two sites can tell the other's",
     "whoever reads the adapter or this folder": "{holds}, but for times and paths (see below)",
     "someone on the site's own machine": "nothing: records, secrets and ledger lie there in clear",
 }
@@ -68,7 +68,7 @@ A site that fails answers with one of a few fixed codes, never with an error's t
 
 STAYED = """\
 Records, their labels and their fingerprints; losses, gradients and their norms; the sizes of the batches that were
-really drawn; sums and counts without noise; the keys of sampling and noise; the ledger."""
+really drawn; sums and counts without noise; the keys of sampling and noise; the ledger of a site with a policy."""
 
 NOISE_SOURCE = {
     "host": "Batches and normal numbers (float64) come from ChaCha20, a cipher, under a key of 256 bits that the "

@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         "bytes_down": state.bytes_down,
         "rounds_done": state.rounds_done,
         "last_report": state.last_report,
-        "fingerprints": {str(site.client): site.data_set.fingerprint for site in sites},
+        "fingerprints": {str(site.client): site.fingerprint for site in sites},
     }
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(f"cannot resume from {path}: it is missing or broken; start the run anew") from error
     for site in sites:
-        if site.data_set.fingerprint != facts["fingerprints"].get(str(site.client), site.data_set.fingerprint):
+        if site.fingerprint != facts["fingerprints"].get(str(site.client), site.fingerprint):
             raise RunFolderError(
                 f"cannot resume from {path}: the records of client {site.client} have changed since; start the run anew"
             )

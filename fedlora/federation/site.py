@@ -32,7 +32,9 @@ class Site:
     """The rounds this site takes part in."""
     secret: SecretRoot = field(repr=False)
     data_set: DataSet = field(repr=False)
-    """Whose budget it spends. Who knows all records but one could test the last by the fingerprint: it never leaves."""
+    """Whose budget it spends."""
+    fingerprint: str = field(default="", repr=False)
+    """Of its records. Who knows all of them but one could test the last by it: it never leaves."""
     heldout: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     """Positions of those it keeps from training for the evaluation. How many they are is private; n counts both."""
     cap: Cap | None = None

@@ -13,6 +13,7 @@ from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
 from fedlora.data.holdout import held_out
 from fedlora.data.partition import partition
+from fedlora.errors import PolicyRefused
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
@@ -70,7 +71,18 @@ def localised(config: RunConfig, policy: SitePolicy | None) -> RunConfig:
 def make_sites(
     config: RunConfig, data: TrainingData, schedule: tuple[ScheduledRound, ...], policy: SitePolicy | None = None
 ) -> list[Site]:
-    """One site per part, each with its own plan and its own secret streams."""
+    """One site per part, each with its own plan and its own secret streams.
+
+    Raises:
+        PolicyRefused: a policy for several sites, whose parts would each have the whole data set's budget; or by a site.
+        DataError, BudgetRefused: as `make_site`.
+    """
+    if policy is not None and len(data.parts) > 1 and config.data.source != "generated":
+        raise PolicyRefused(
+            f"federation.clients = {len(data.parts)}, but the policy {policy.path} is one site's and its records have one "
+            'budget; set federation.clients=1, or source = "generated" in the policy to try it with several',
+            rule="data",
+        )
     return [make_site(config, data, schedule, client, policy) for client in data.parts]
 
 
@@ -90,9 +102,9 @@ def make_site(
     """
     own = data.parts[client]
     records = data.records.subset(own)
-    kept_back = _kept_back(config, records)
+    kept_back, mark = _kept_back(config, records), fingerprint(records)
     mine = tuple(entry for entry in schedule if client in entry.clients)
-    name, declared = "", None
+    name, declared = f"client {client}", None  # of this run; its ledger may be passed on, with no mark of the records
     if policy is not None:
         own_name, rules = policy.data_set(config.data.task)
         name = f"{own_name}/{client}" if len(data.parts) > 1 else own_name
@@ -112,7 +124,8 @@ def make_site(
         plan=plan,
         schedule=mine,
         secret=SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os(),
-        data_set=DataSet(fingerprint=fingerprint(records), name=name),
+        data_set=DataSet(fingerprint=mark if policy is not None else name, name=name),
+        fingerprint=mark,
         cap=policy.cap(config.data.task) if policy is not None else None,
     )
 

@@ -109,6 +109,7 @@ def _check_company(config: RunConfig, execution: Execution, classifier: Classifi
         vocabulary=len(classifier.tokenizer),
         num_labels=classifier.num_labels,
         token_budget=execution.token_budget,
+        longest=min(config.data.max_length, classifier.tokenizer.model_max_length),
         device=execution.device,
     )
     if config.model.head == "prototype":

@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -176,13 +176,13 @@ class Ledger:
             LedgerBroken: it is no ledger, or rows were removed or altered.
         """
         try:
-            if not create and not path.is_file():
+            if create:
+                _make_empty(path)
+            elif not path.is_file():
                 raise LedgerUnavailable(f"there is no ledger at {path}; give the path of a site's ledger file")
-            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600))
-            connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+            return cls(_connect(path, "mode=rw"), str(path))
         except (OSError, sqlite3.Error, ValueError) as error:
             raise _unopened(path, error) from error
-        return cls(connection, str(path))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -195,15 +195,12 @@ class Ledger:
             LedgerUnavailable, LedgerBroken: as `open`.
         """
         try:
-            os.close(os.open(path, os.O_RDONLY))
+            if not path.is_file():
+                raise LedgerUnavailable(f"there is no ledger at {path}; give the path of a site's ledger file")
             in_use = path.with_name(f"{path.name}-wal").exists()
-            address = f"{path.resolve().as_uri()}?mode=ro{'' if in_use else '&immutable=1'}"
-            connection = sqlite3.connect(
-                address, uri=True, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
-            )
+            return cls(_connect(path, "mode=ro" if in_use else "mode=ro&immutable=1"), str(path), writable=False)
         except (OSError, sqlite3.Error, ValueError) as error:
             raise _unopened(path, error) from error
-        return cls(connection, str(path), writable=False)
 
     @classmethod
     def in_memory(cls) -> Self:
@@ -407,6 +404,7 @@ class Ledger:
         """Everything in here or nothing, with no other process in between."""
         with self._lock:
             try:
+                before = self._connection.total_changes
                 self._connection.execute(self._begin)
                 try:
                     yield
@@ -415,6 +413,10 @@ class Ledger:
                     if self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
                     raise
+                if (
+                    self._connection.total_changes > before
+                ):  # whoever copies the one file, or removes the other, has all
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except _UNUSABLE as error:
                 raise self._unusable(error) from error
 
@@ -426,6 +428,21 @@ class Ledger:
 
 _UNUSABLE = (sqlite3.Error, UnicodeDecodeError)  # the latter where a damaged name lands in SQLite's own message
 _HELP = "restore it from a backup and find out who changed it; until then nothing is computed on its data"
+
+
+def _make_empty(path: Path) -> None:
+    """A new file for its owner's eyes only.
+
+    An old one is left to SQLite alone: POSIX drops all of a process's locks on a file when any descriptor of it is
+    closed, and SQLite's would go with ours.
+    """
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?{mode}"
+    return sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
 
 
 def _unopened(path: Path, error: Exception) -> LedgerUnavailable:

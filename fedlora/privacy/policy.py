@@ -220,7 +220,7 @@ class SitePolicy:
         Raises:
             PolicyRefused: naming the rule.
         """
-        for phase in plan.phases:
+        for phase in (phase for phase in plan.phases if phase.num_steps):
             _member("phases", "phase", phase.name, self.allow.phases)
             noise, least = phase.mechanism.effective_noise_multiplier, self.limits.smallest_noise_multiplier
             if not noise >= least:

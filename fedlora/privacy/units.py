@@ -83,4 +83,4 @@ def rounded_up(epsilon: float, digits: int = 4) -> float:
     if epsilon <= 0 or math.isinf(epsilon):
         return epsilon
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - digits + 1)
-    return float(f"{math.ceil(epsilon / unit - 1e-9) * unit:.{digits - 1}e}")
+    return float(f"{math.ceil(epsilon / unit) * unit:.{digits - 1}e}")

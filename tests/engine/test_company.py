@@ -22,29 +22,36 @@ CPU = torch.device("cpu")
 
 
 def shape_of(lengths: list[int], record: int, budget: int) -> tuple[int, int]:
-    cut = fixed_shapes(np.array(lengths), budget)
+    cut = fixed_shapes(np.array(lengths), budget, 130)
     return next((group.rows, group.columns) for group in cut if record in group.positions)
 
 
 @pytest.mark.parametrize("budget", [1, 64, 512])
 def test_a_records_shape_is_its_own(budget: int) -> None:
     draw = np.random.default_rng(0)
-    for length in (1, 7, 8, 9, 40, 128):
+    for length in (0, 1, 7, 8, 9, 40, 128, 130):
         alone = shape_of([length], 0, budget)
         for _ in range(20):
             company = draw.integers(1, 130, draw.integers(1, 200)).tolist()
             assert shape_of([*company, length], len(company), budget) == alone
 
 
+def test_no_shape_is_longer_than_the_model_takes_nor_empty() -> None:
+    """A record of no token, and one as long as a model whose positions are no multiple of eight."""
+    assert shape_of([0, 30], 0, 64) == (8, 8)
+    shapes = [(group.rows, group.columns) for group in fixed_shapes(np.array([30, 29, 3]), 64, 30)]
+    assert shapes == [(2, 30), (2, 30), (8, 8)]
+
+
 def test_every_record_is_in_one_micro_batch_that_keeps_a_row_for_a_dummy() -> None:
     lengths = np.random.default_rng(1).integers(1, 130, 500)
-    groups = list(fixed_shapes(lengths, 512))
+    groups = list(fixed_shapes(lengths, 512, 130))
     assert sorted(np.concatenate([group.positions for group in groups]).tolist()) == list(range(500))
     for group in groups:
         assert len(group.positions) < group.rows
         assert lengths[group.positions].max() <= group.columns
         assert lengths[group.positions].min() > group.columns - 8
-    assert list(fixed_shapes(np.array([], dtype=np.int64), 512)) == []
+    assert list(fixed_shapes(np.array([], dtype=np.int64), 512, 130)) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -68,7 +75,7 @@ class Gossip:
 
 
 def test_a_trace_of_the_others_is_found_and_one_by_one_is_the_way_out() -> None:
-    found: dict[str, Any] = {"vocabulary": 50, "num_labels": 2, "device": CPU}
+    found: dict[str, Any] = {"vocabulary": 50, "num_labels": 2, "longest": 512, "device": CPU}
     with pytest.raises(PrivacyError, match=r"engine\.token_budget=1"):
         check_company(Gossip(), token_budget=512, **found)
     check_company(Gossip(), token_budget=1, **found)

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
+from fedlora.data.fingerprint import fingerprint
 from fedlora.experiments.privacy_facts import epsilon_alone, oversight_facts
 from fedlora.experiments.privacy_report import most_detected, privacy_report
 from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.experiments.simulate import run_server, simulate
 from fedlora.federation.messages import ClientFailure
+from fedlora.federation.sites import load_simulated_data
 from fedlora.models import locate_model
 from fedlora.privacy.egress import FACTS, PHASE_FACTS
 from fedlora.privacy.ledger import Ledger
@@ -387,3 +389,16 @@ def test_most_detected_is_the_line_of_the_trade_off() -> None:
     assert most_detected(6.0, 0.0) == pytest.approx(1 - 0.99 * math.exp(-6))
     assert most_detected(2000.0, 1e-5) == 1.0
     assert all(most_detected(eps, 1e-5) <= most_detected(eps + 0.1, 1e-5) for eps in map(float, range(20)))
+
+
+def test_a_simulations_folder_holds_no_mark_of_the_records(make_run: MakeRun) -> None:
+    """Who knows all records but one could test the last by a hash of all of them, noise or not."""
+    config = make_run()
+    data = load_simulated_data(config)
+    marks = [fingerprint(data.records.subset(part)) for part in data.parts.values()]
+    folder = simulate(config, Silent())
+    for file in (file for file in Path(folder).rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        for mark in marks:
+            assert mark.encode() not in content
+            assert bytes.fromhex(mark) not in content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def test_changed_records_are_not_gone_on_with(make_federation: Any, tmp_path: Pa
     """The plan was made for other records: q, n and the accounting would be of a data set that is no more."""
     federation = make_federation()
     save_checkpoint(tmp_path / "c", federation.start(), federation.sites)
-    assert len({site.data_set.fingerprint for site in federation.sites}) == len(federation.sites)
-    federation.sites[1].data_set = replace(federation.sites[1].data_set, fingerprint="0" * 64)
+    assert len({site.fingerprint for site in federation.sites}) == len(federation.sites)
+    federation.sites[1].fingerprint = "0" * 64
     with pytest.raises(RunFolderError, match="client 1 have changed"):
         load_checkpoint(tmp_path / "c", federation.sites)

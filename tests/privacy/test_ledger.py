@@ -8,6 +8,8 @@ import random
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -435,15 +437,15 @@ def test_a_reader_sees_a_ledger_in_use_and_changes_nothing(path: Path) -> None:
     with closing(Ledger.open(path)) as ledger:
         for number in range(5):
             ledger.settle(ledger.reserve([request(number)]))
-        files = {file: file.read_bytes() for file in path.parent.iterdir() if not file.name.endswith("-shm")}
         with closing(Ledger.read(path)) as reader:
             assert reader.verify() == ledger.verify()
             ledger.reserve([request(5)])
+            written = path.read_bytes()
             assert len(reader.entries()) == 11, "what came later, too"
             for change in (lambda: reader.reserve([request(6)]), lambda: reader.settle([11])):
                 with pytest.raises(LedgerUnavailable, match="readonly"):
                     change()
-        assert files[path] == path.read_bytes()
+        assert path.read_bytes() == written
         wanted = ledger.entries()
     before = path.read_bytes()
     with closing(Ledger.read(path)) as reader:
@@ -537,6 +539,62 @@ def test_racing_threads_never_overspend(path: Path, shared: bool) -> None:
     ledger.verify()
     assert len(granted) == steps(ledger.charges(WARD)) == most_rounds()
     ledger.close()
+
+
+CHARGE_ONCE = """
+import sys
+from contextlib import closing
+from pathlib import Path
+from fedlora.errors import BudgetRefused
+from fedlora.privacy.accounting import Charge
+from fedlora.privacy.ledger import Cap, DataSet, Ledger, Request
+
+request = Request(
+    data_set=DataSet(fingerprint="f"), charge=Charge(1.0, 6.0, 1), run=sys.argv[2], round_index=0, purpose="finetune",
+    cap=Cap(epsilon=1.0, delta=1e-6),
+)
+with closing(Ledger.open(Path(sys.argv[1]))) as ledger:
+    try:
+        ledger.reserve([request])
+    except BudgetRefused:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("again", ["open", "read"])
+def test_opening_a_ledger_twice_in_one_process_loses_no_charge(tmp_path: Path, again: str) -> None:
+    """POSIX drops a process's locks on a file with any descriptor of it, and SQLite's log would go with them."""
+    path = tmp_path / "ledger"
+
+    def charged_elsewhere(run: str) -> int:
+        return subprocess.run([sys.executable, "-c", CHARGE_ONCE, str(path), run], check=False).returncode
+
+    with closing(Ledger.open(path)) as ledger, closing(getattr(Ledger, again)(path)):
+        assert charged_elsewhere("other") == 0
+        own = Request(
+            data_set=DataSet(fingerprint="f"),
+            charge=Charge(1.0, 6.0, 1),
+            run="own",
+            round_index=0,
+            purpose="finetune",
+            cap=Cap(epsilon=1.0, delta=1e-6),
+        )
+        ledger.reserve([own])  # two of these cost 0.98, three 1.24
+        assert charged_elsewhere("third") == 3
+        assert len(ledger.entries()) == 2
+
+
+def test_between_charges_the_one_file_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = Ledger.open(path)
+    request = Request(
+        data_set=DataSet(fingerprint="f"), charge=Charge(1.0, 6.0, 1), run="r", round_index=0, purpose="finetune"
+    )
+    ledger.reserve([request])
+    shutil.copy(path, tmp_path / "copy")
+    ledger.close()
+    with closing(Ledger.open(tmp_path / "copy")) as copy:
+        assert len(copy.entries()) == 1
 
 
 def test_a_ledger_made_by_two_at_once_is_one(tmp_path: Path) -> None:

@@ -455,3 +455,16 @@ def test_a_stricter_policy_ends_a_run_under_way(hospital: Hospital, monkeypatch:
 def test_a_policy_is_no_option_under_flower(hospital: Hospital) -> None:
     hospital.write_policy()
     assert "--node-config" in refused(hospital.ask("run.transport=flower"), code=2)
+
+
+def test_several_sites_cannot_share_out_one_data_sets_budget(hospital: Hospital) -> None:
+    hospital.write_policy(("most_clients = 1", "most_clients = 3"))
+    said = refused(hospital.ask("federation.clients=3", "training.expected_batch_size=8"))
+    assert "set federation.clients=1" in said
+    assert (hospital.runs, hospital.charged()) == ([], 0)
+
+
+def test_a_site_without_a_round_of_its_own_is_not_measured_by_the_noise_it_would_add(hospital: Hospital) -> None:
+    hospital.write_policy(('source = "records"', 'source = "generated"'), ("most_clients = 1", "most_clients = 3"))
+    few = ("federation.clients=3", "federation.participation=0.3", "federation.rounds=1", "model.head=frozen")
+    assert hospital.ask(*few, "data.generated_records=240", "privacy.delta=1e-3").code == 0
