@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
     "fedlora.privacy.accounting",
     "fedlora.privacy.calibration",
     "fedlora.privacy.ledger",
+    "fedlora.privacy.ledger_file",
     "fedlora.privacy.policy",
     "fedlora.privacy.units",
     "fedlora.experiments.tables",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.privacy.accounting import Charge, epsilon
-from fedlora.privacy.ledger import ABANDONED, RESERVED, SPENT, Cap, Entry, Ledger
+from fedlora.privacy.ledger import Cap, Ledger
+from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
 from fedlora.privacy.policy import SitePolicy
 
 MOST_KINDS = 24

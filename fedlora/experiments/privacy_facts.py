@@ -19,7 +19,8 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.egress import FACTS, PHASE_FACTS, Fact
-from fedlora.privacy.ledger import ABANDONED, RESERVED, SPENT, Ledger
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT
 from fedlora.privacy.plan import FINETUNE
 from fedlora.privacy.units import Guarantee
 

@@ -144,7 +144,7 @@ def test_reading_changes_nothing(say: Say, path: Path) -> None:
 
 
 def test_a_ledger_in_use_can_be_read(say: Say, path: Path) -> None:
-    with closing(Ledger.open(path)) as ledger, ledger._transaction():
+    with closing(Ledger.open(path)) as ledger, ledger._file.transaction():
         code, out, _ = say(path, "--verify")
     assert (code, out.splitlines()[0]) == (0, "9 rows intact")
 

@@ -19,7 +19,8 @@ import pytest
 
 from fedlora.config import RunConfig
 from fedlora.models import locate_model
-from fedlora.privacy.ledger import RESERVED, SPENT, Ledger
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.ledger_file import RESERVED, SPENT
 from tests.federation.doomed_site import PARTS, Whereabouts
 
 CHECKOUT = Path(__file__).parents[2]

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from fedlora.errors import BudgetRefused, LedgerBroken, LedgerUnavailable, PrivacyError, ProtocolError, RoundRepeated
-from fedlora.privacy import ledger as module
+from fedlora.privacy import ledger_file
 from fedlora.privacy.accounting import Charge, epsilon, event
-from fedlora.privacy.ledger import ABANDONED, RESERVED, SPENT, Cap, DataSet, Ledger, Request
+from fedlora.privacy.ledger import Cap, DataSet, Ledger, Request
+from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT
 
 DELTA = 1e-5
 CHARGE = Charge(0.05, 1.5, 10)
@@ -58,8 +59,8 @@ def test_a_charge_is_on_disk_when_it_returns(ledger: Ledger, path: Path) -> None
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT kind, run, num_steps FROM entry").fetchall() == [("reserved", "run", 10)]
     for opened in (ledger, Ledger.open(path)):
-        assert opened._connection.execute("PRAGMA synchronous").fetchone() == (2,), "FULL: fsync at every commit"
-        assert opened._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert opened._file._connection.execute("PRAGMA synchronous").fetchone() == (2,), "FULL: fsync at every commit"
+        assert opened._file._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         opened.close()
 
 
@@ -252,12 +253,12 @@ TAMPERED = {
     "middle row removed and renumbered": """
         DELETE FROM entry WHERE id = 3; UPDATE entry SET id = id - 1 WHERE id > 3; UPDATE head SET count = 5""",
     "row copied to the end": f"""
-        INSERT INTO entry SELECT 7, {", ".join(module._COLUMNS[1:])}, previous, digest FROM entry WHERE id = 6""",
+        INSERT INTO entry SELECT 7, {", ".join(ledger_file._COLUMNS[1:])}, previous, digest FROM entry WHERE id = 6""",
     "row copied to the end, head set": f"""
-        INSERT INTO entry SELECT 7, {", ".join(module._COLUMNS[1:])}, digest, digest FROM entry WHERE id = 6;
+        INSERT INTO entry SELECT 7, {", ".join(ledger_file._COLUMNS[1:])}, digest, digest FROM entry WHERE id = 6;
         UPDATE head SET count = 7""",
     "row before the first": f"""
-        INSERT INTO entry SELECT 0, {", ".join(module._COLUMNS[1:])}, previous, digest FROM entry WHERE id = 1""",
+        INSERT INTO entry SELECT 0, {", ".join(ledger_file._COLUMNS[1:])}, previous, digest FROM entry WHERE id = 1""",
     "two rows swapped": """
         UPDATE entry SET id = 100 WHERE id = 2; UPDATE entry SET id = 2 WHERE id = 4;
         UPDATE entry SET id = 4 WHERE id = 100""",
@@ -407,8 +408,8 @@ def test_a_ledger_that_may_not_be_written_is_unavailable(written: Path, path: Pa
 
 
 def test_a_full_disk_charges_nothing(ledger: Ledger, path: Path) -> None:
-    (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
-    ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = ledger._file._connection.execute("PRAGMA page_count").fetchone()
+    ledger._file._connection.execute(f"PRAGMA max_page_count = {pages}")
     granted: list[int] = []
 
     def fill() -> None:
@@ -422,7 +423,7 @@ def test_a_full_disk_charges_nothing(ledger: Ledger, path: Path) -> None:
 
 
 def test_a_ledger_held_by_another_is_unavailable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_file, "WAIT_SECONDS", 0.05)
     with closing(Ledger.open(path)) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailable, match="locked"):
@@ -475,7 +476,7 @@ def spend_all(path: Path, number: int, pause: float, sabotaged: bool) -> None:
 
     Ledger._refuse_overspending = slow_check  # type: ignore[method-assign]
     if sabotaged:
-        Ledger._transaction = nullcontext  # type: ignore[assignment]
+        ledger_file.LedgerFile.transaction = nullcontext  # type: ignore[assignment]
     with closing(Ledger.open(path)) as ledger:
         for index in range(200):
             try:
