@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedlora.experiments.audit import Audited
     from fedlora.privacy.audit.finding import Finding
+    from fedlora.privacy.audit.noise import NoiseFinding
 
 
 _WIDTH_OF_A_FILE = 120
@@ -35,62 +39,74 @@ def audit(
         Path | None, typer.Option(help="folder, new or empty; default audits/<task>-<method>-<time>")
     ] = None,
 ) -> None:
-    """Look for lies: a lower bound on ε by attack, beside the claimed ε. Exit code 4 if it is higher."""
+    """Look for lies: bounds on ε by attack beside the claimed ε, and a test of the noise. Exit code 4 if one shows."""
     from fedlora.config import RunConfig
     from fedlora.errors import AuditContradiction
     from fedlora.experiments.audit import audit as run
 
     config = RunConfig.from_toml(recipe, overrides or []) if recipe else RunConfig.from_mapping({}, overrides or [])
     with _TerminalProgress() as progress:
-        folder, findings = run(config, level=level.value, trials=trials, canaries=canaries, out=out, progress=progress)
-    _print_table(findings)
+        found = run(config, level=level.value, trials=trials, canaries=canaries, out=out, progress=progress)
+    _print_table(found.findings, found.noise)
     if config.privacy.seeded_noise:
         typer.echo("noise seeded: anyone can repeat this audit, and the run it is about is NOT private")
-    typer.echo(f"audit folder: {folder}")
-    refuted = [finding for finding in findings if finding.contradicts]
-    if refuted:
-        worst = max(refuted, key=lambda finding: finding.bound - finding.evidence.claimed)
-        raise AuditContradiction(
-            f"{len(refuted)} of {len(findings)} claims contradicted, most of all {worst.evidence.name}: claimed "
-            f"ε = {worst.evidence.claimed:.3f}, at least {worst.bound:.3f}; do not trust this ε, see {folder}"
-        )
+    typer.echo(f"audit folder: {found.folder}")
+    if any(row.contradicts for row in found.rows):
+        raise AuditContradiction(_contradiction(found))
     typer.echo("no claim contradicted, which proves nothing: a lower bound never shows that something is private")
 
 
-def _print_table(findings: Sequence[Finding]) -> None:
+def _contradiction(found: Audited) -> str:
+    """One line: how many rows, and what weighs most."""
+    refuted = [finding for finding in found.findings if finding.contradicts]
+    count = sum(row.contradicts for row in found.rows)
+    if refuted:
+        worst = max(refuted, key=lambda finding: finding.bound - finding.evidence.claimed)
+        most = f"{worst.evidence.name}: claimed ε = {worst.evidence.claimed:.3f}, at least {worst.bound:.3f}"
+    else:
+        most = f"{found.noise.name}: {found.noise.what}" if found.noise else ""
+    return (
+        f"{count} of {len(found.rows)} claims contradicted, most of all {most}; do not trust this ε, see {found.folder}"
+    )
+
+
+def _print_table(findings: Sequence[Finding], noise: NoiseFinding | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from fedlora.experiments.audit import INDEPENDENT
     from fedlora.experiments.progress import shown_epsilon
     from fedlora.privacy.audit.finding import ERROR
 
     table = Table(
-        box=box.SIMPLE_HEAD, caption=f"bounds hold together at {1 - ERROR:.0%} confidence", caption_justify="left"
+        box=box.SIMPLE_HEAD,
+        caption=f"bounds and test hold together at {1 - ERROR:.0%} confidence",
+        caption_justify="left",
     )
     table.add_column("level")
     table.add_column("audited")
-    for head in ("claimed ε", "ε at least"):
+    for head in ("claimed", "found"):
         table.add_column(head, justify="right")
-    table.add_column("bound by")
+    table.add_column("by")
     table.add_column("verdict")
     for finding in findings:
         evidence = finding.evidence
-        style = "bold red" if finding.contradicts else None
-        bound = f"{finding.bound:.3f}"
-        table.add_row(
-            evidence.level,
-            evidence.name,
-            shown_epsilon(evidence.claimed),
-            bound,
-            evidence.method,
-            finding.verdict,
-            style=style,
-        )
+        claimed, found = f"ε = {shown_epsilon(evidence.claimed)}", f"ε ≥ {finding.bound:.3f}"
+        _add_row(table, evidence.level, evidence.name, claimed, found, evidence.method, finding)
+    if noise is not None:
+        found = f"{noise.spread:.3f} σ·C, p = {noise.p_value:.2g}"
+        _add_row(table, noise.level, noise.name, INDEPENDENT, found, "test", noise)
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH_OF_A_FILE
     console.print(table)
+
+
+def _add_row(
+    table: Table, level: str, name: str, claimed: str, found: str, by: str, row: Finding | NoiseFinding
+) -> None:
+    table.add_row(level, name, claimed, found, by, row.verdict, style="bold red" if row.contradicts else None)
 
 
 class _TerminalProgress:

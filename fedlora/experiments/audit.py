@@ -8,22 +8,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunFolderError
 from fedlora.experiments.audit_mechanism import audit_mechanism, mechanism_work
+from fedlora.experiments.audit_noise import noise_config, noise_schedule, released_noise
 from fedlora.experiments.audit_plot import plot_scores
 from fedlora.experiments.audit_training import audit_training, small_config
 from fedlora.experiments.run_folder import to_json
+from fedlora.experiments.simulate import resolve
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.sites import load_simulated_data
+from fedlora.federation.workbench import build_workbench
 from fedlora.privacy.audit.finding import ERROR, Evidence, Finding, judge
+from fedlora.privacy.audit.noise import NoiseFinding, ReleasedNoise, judge_noise
 from fedlora.privacy.plan import FINETUNE, make_plan
 from fedlora.randomness import SecretRoot
 
 Level = Literal["mechanism", "training", "all"]
+FRESH_NOISE = "fresh noise, every round and site"
+INDEPENDENT = "independent, σ·C"
+"""What is claimed of it; σ is the charged one."""
 FEWEST_TRIALS, FEWEST_CANARIES = 100, 20
 
 
@@ -35,9 +43,29 @@ class AuditProgress(Protocol):
     def advance(self, count: int) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audited:
+    """What an audit found, in the order of the table.
+
+    Attributes:
+        folder: where it is written down.
+        findings: lower bounds on ε.
+        noise: the test of the noise that sites sent; None where the level has none or no noise is claimed.
+    """
+
+    folder: Path
+    findings: Sequence[Finding]
+    noise: NoiseFinding | None
+
+    @property
+    def rows(self) -> list[Finding | NoiseFinding]:
+        """All of the table."""
+        return [*self.findings, *([self.noise] if self.noise else [])]
+
+
 def audit(
     config: RunConfig, *, level: Level, trials: int, canaries: int, out: Path | None, progress: AuditProgress
-) -> tuple[Path, list[Finding]]:
+) -> Audited:
     """Audit `config` as its busiest client would run it; writes audit.json, audit.png and config.toml.
 
     Batches, noise and the canaries' coins come from the operating system, or from the run's seed with
@@ -51,9 +79,6 @@ def audit(
         out: folder, new or empty; None is audits/<task>-<method>-<time>.
         progress: told of the work.
 
-    Returns:
-        The folder and the findings, in the order of the table.
-
     Raises:
         InputError: anything the user can correct; nothing was written.
         PrivacyError: the recipe's guarantee cannot be given, so that there is nothing to audit.
@@ -64,16 +89,21 @@ def audit(
             "fewer can show nothing"
         )
     folder = _free_folder(config, out)
-    findings = judge(_collect(config, level, trials, canaries, progress))
+    evidence, releases = _collect(config, level, trials, canaries, progress)
+    error = ERROR / (len(evidence) + bool(releases))
+    noise = judge_noise(releases, level="training", name=FRESH_NOISE, error=error) if releases else None
+    found = Audited(folder=folder, findings=judge(evidence, error=error), noise=noise)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    plot_scores(folder / "audit.png", findings)
-    report = _report(config, findings, level=level, trials=trials, canaries=canaries)
+    plot_scores(folder / "audit.png", found.findings)
+    report = _report(config, found, level=level, trials=trials, canaries=canaries)
     (folder / "audit.json").write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
-    return folder, findings
+    return found
 
 
-def _collect(config: RunConfig, level: Level, trials: int, canaries: int, progress: AuditProgress) -> list[Evidence]:
+def _collect(
+    config: RunConfig, level: Level, trials: int, canaries: int, progress: AuditProgress
+) -> tuple[list[Evidence], list[ReleasedNoise]]:
     schedule = make_schedule(config)
     rounds = [
         sum(entry.phase == FINETUNE and client in entry.clients for entry in schedule)
@@ -83,17 +113,20 @@ def _collect(config: RunConfig, level: Level, trials: int, canaries: int, progre
     data = load_simulated_data(config)
     secret = SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os()
     found: list[Evidence] = []
+    releases: list[ReleasedNoise] = []
     if level in ("mechanism", "all"):
         size = len(data.parts[client])
         plan = make_plan(config, num_examples=size, num_rounds=rounds[client], client=client)
         progress.start("mechanism", mechanism_work(config, plan, trials))
         found += audit_mechanism(config, plan, trials=trials, secret=secret, advance=progress.advance)
     if level in ("training", "all"):
-        small = small_config(config, rounds[client])
-        progress.start("training", len(make_schedule(small)))
-        own = data.records.subset(data.parts[client])
-        found.append(audit_training(small, own, canaries=canaries, secret=secret, advance=progress.advance))
-    return found
+        resolved, own = resolve(config), data.records.subset(data.parts[client])
+        small, silent = small_config(resolved, rounds[client]), noise_config(resolved, rounds[client])
+        progress.start("training", len(make_schedule(small)) + len(noise_schedule(silent)))
+        bench = build_workbench(small)
+        releases = released_noise(silent, bench, own, progress.advance)
+        found.append(audit_training(small, bench, own, canaries=canaries, secret=secret, advance=progress.advance))
+    return found, releases
 
 
 def _free_folder(config: RunConfig, out: Path | None) -> Path:
@@ -109,12 +142,10 @@ def _free_folder(config: RunConfig, out: Path | None) -> Path:
     return folder
 
 
-def _report(
-    config: RunConfig, findings: Sequence[Finding], *, level: str, trials: int, canaries: int
-) -> dict[str, Any]:
+def _report(config: RunConfig, found: Audited, *, level: str, trials: int, canaries: int) -> dict[str, Any]:
     """All that the table says and how it was come by; scores stay in the plot."""
     return {
-        "version": 1,
+        "version": 2,
         "config_digest": config.digest(),
         "level": level,
         "trials": trials,
@@ -123,7 +154,7 @@ def _report(
         "noise_seeded": config.privacy.seeded_noise,
         "accountant": config.privacy.accountant,
         "delta": config.privacy.delta,
-        "contradicted": any(finding.contradicts for finding in findings),
+        "contradicted": any(row.contradicts for row in found.rows),
         "findings": [
             {
                 "level": finding.evidence.level,
@@ -138,6 +169,7 @@ def _report(
                 "scores_without": len(finding.evidence.without[finding.attack]),
                 "scores_with": len(finding.evidence.with_record[finding.attack]),
             }
-            for finding in findings
+            for finding in found.findings
         ],
+        "noise": found.noise and {**asdict(found.noise), "claimed": INDEPENDENT, "verdict": found.noise.verdict},
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch
+from fedlora.engine.execution import choose_execution
 from fedlora.engine.training import TrainingJob, train
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.audit.finding import Evidence
 from fedlora.privacy.audit.scores import log_likelihood_ratio
-from fedlora.privacy.noise import HostNoise
+from fedlora.privacy.noise import NoiseSource, make_noise_source
 from fedlora.privacy.plan import FINETUNE, PhasePlan, PrivacyPlan
 from fedlora.randomness import SecretRoot
 
@@ -159,13 +161,13 @@ class Stage:
         case = Case(name=f"{phase.name} release", direction=direction)
         scores = []
         for inside in (False, True):
-            noise = HostNoise(self.secret.numpy("audit noise", case.name, int(inside)))
-            total = record if inside else torch.zeros_like(record)
+            noise = self._noise(case, inside=inside)
+            total = (record if inside else torch.zeros_like(record)).to(self._device)
             rows = []
             for _ in range(self.trials):
                 rows.append(phase.privatize(total.clone(), noise=noise, slot_sizes=sizes))
                 self.advance(1)
-            scores.append(_scores(torch.stack(rows).double().numpy()[:, None], case, phase))
+            scores.append(_scores(torch.stack(rows).double().cpu().numpy()[:, None], case, phase))
         return dataclasses.replace(self._evidence(case.name, phase.charge(1), *scores), method="gaussian")
 
     def _evidence(
@@ -180,20 +182,31 @@ class Stage:
             with_record=with_record,
         )
 
+    @cached_property
+    def _device(self) -> torch.device:
+        """Only noise that an accelerator draws needs one; the rest is faster without for vectors so short."""
+        noise_on_device = self.config.engine.noise == "device"
+        return choose_execution(self.config).device if noise_on_device else torch.device("cpu")
+
+    def _noise(self, case: Case, *, inside: bool) -> NoiseSource:
+        """As the run's, over a stream of its own for each world of each case."""
+        stream = self.secret.numpy("audit noise", case.name, int(inside))
+        return make_noise_source(self.config.engine.noise, stream, self._device)
+
     def _released(self, case: Case, phase: PhasePlan, *, inside: bool) -> np.ndarray:
         """Released sums of one world, [trials, steps, P] float64."""
         clip_norm = phase.clipping.clip_norm
         record = torch.from_numpy(clip_norm * case.direction)
-        backend = PlantedBackend(torch.stack([_HUGE * record, -record]).float())
+        backend = PlantedBackend(torch.stack([_HUGE * record, -record]).float().to(self._device))
         batch_size = self.config.training.expected_batch_size
         training = TrainingConfig(optimizer="sgd", expected_batch_size=batch_size)
         job = TrainingJob(  # one for all trials: its streams go on from trial to trial
             records=np.array([0] * inside + [1] * case.opponents, dtype=np.int64),
             phase=phase,
             sampling=self.secret.numpy("audit sampling", case.name, int(inside)),
-            noise=HostNoise(self.secret.numpy("audit noise", case.name, int(inside))),
+            noise=self._noise(case, inside=inside),
         )
-        theta = torch.zeros(sum(SLOT_SIZES))
+        theta = torch.zeros(sum(SLOT_SIZES), device=self._device)
         chunks = []
         for count in _chunks(case.trials * self.trials):
             steps = []
@@ -210,7 +223,7 @@ class Stage:
                 )
                 steps.append(torch.stack([row.theta for row in rows]).double().mul_(-batch_size))
                 self.advance(count)
-            chunks.append(torch.stack(steps, dim=1).numpy())
+            chunks.append(torch.stack(steps, dim=1).cpu().numpy())
         return np.concatenate(chunks)
 
 

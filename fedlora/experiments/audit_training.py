@@ -9,25 +9,27 @@ the move holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora.config import RunConfig
-from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.encode import EncodedDataset
 from fedlora.data.glue import Records
 from fedlora.data.tasks import TASKS
 from fedlora.engine.batching import microbatches
-from fedlora.engine.prototypes import class_sums, prototype_head
-from fedlora.engine.training import OptimizerState, TrainedRow, TrainingJob, train
-from fedlora.experiments.simulate import resolve
-from fedlora.federation.schedule import ScheduledRound
-from fedlora.federation.workbench import Workbench, build_workbench
+from fedlora.experiments.simulate import CohortTransport
+from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.federation.server import Reply, Server, Transport, initial_state
+from fedlora.federation.site import Site
+from fedlora.federation.sites import TrainingData, encode_training_data, make_site
+from fedlora.federation.workbench import Workbench
 from fedlora.privacy.audit.finding import Evidence
-from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PrivacyPlan, make_plan
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.plan import FINETUNE, PrivacyPlan
 from fedlora.randomness import PublicSeed, SecretRoot
 
 MOST_ROUNDS = 3
@@ -42,7 +44,7 @@ Advance = Callable[[int], None]
 
 def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
     """The recipe for one site alone, with at most `MOST_ROUNDS` of its `num_rounds` rounds."""
-    return resolve(config).with_overrides(
+    return config.with_overrides(
         "federation.clients=1",
         "federation.participation=1.0",
         "federation.private_evaluation=false",
@@ -51,17 +53,18 @@ def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
 
 
 def audit_training(
-    config: RunConfig, records: Records, *, canaries: int, secret: SecretRoot, advance: Advance
+    config: RunConfig, bench: Workbench, records: Records, *, canaries: int, secret: SecretRoot, advance: Advance
 ) -> Evidence:
-    """One small run with `canaries` among the site's `records`.
+    """One small run with `canaries` among the site's `records`: server, transport and site are those of a simulation.
 
-    The plan is made for all records and all canaries, so that it says nothing about which of them are in.
+    The site's plan is made for all records and all canaries, so that it says nothing about which of them are in.
 
     Args:
         config: from `small_config`.
+        bench: built for it.
         records: of the audited site; no more are used than there are canaries, or two batches if that is more.
         canaries: m, each in with probability 1/2.
-        secret: coins, batches and noise.
+        secret: for the coins; the site has its own.
         advance: called with 1 after every round.
 
     Raises:
@@ -70,23 +73,20 @@ def audit_training(
     size = min(len(records), max(canaries, 2 * config.training.expected_batch_size))
     records = records.subset(np.arange(size))
     coins = secret.numpy("audit coins").random(canaries) < 0.5
-    bench = build_workbench(config)
     planted = _with_canaries(config, records, canaries, _words(bench))
-    plan = make_plan(config, num_examples=size + canaries, num_rounds=config.federation.rounds, client=0)
-    run = _Run(
-        bench=bench,
-        plan=plan,
-        dataset=encode(planted, bench.classifier.tokenizer, config.data.max_length),
-        records=np.concatenate([np.arange(size), size + np.flatnonzero(coins)]),
-        canaries=np.arange(size, size + canaries),
-        secret=secret,
-    )
-    shares = _centred(run.scores(advance), planted.labels[size:])
+    data = TrainingData(records=planted, parts={0: np.arange(size + canaries)})
+    site = make_site(config, data, bench.schedule, 0)
+    site = replace(site, records=np.concatenate([np.arange(size), size + np.flatnonzero(coins)]))
+    dataset = encode_training_data(bench, data)
+    seen = _run(bench, site, dataset, advance)
+    auditor = _Auditor(bench=bench, plan=site.plan, dataset=dataset, canaries=np.arange(size, size + canaries))
+    scores = np.sum([auditor.shares(*exchanged) for exchanged in seen], axis=0)
+    shares = _centred(scores, planted.labels[size:])
     return Evidence(
         level="training",
         name=f"{canaries} canaries in one run",
-        claimed=plan.epsilon(),
-        delta=plan.delta,
+        claimed=site.plan.epsilon(),
+        delta=site.plan.delta,
         without=dict(zip(ATTACKS, shares[:, ~coins], strict=True)),
         with_record=dict(zip(ATTACKS, shares[:, coins], strict=True)),
         method="one run",
@@ -94,63 +94,52 @@ def audit_training(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """The site's rounds, and the canaries' gradients held against each. Nothing leaves the process: no ledger pays."""
+class _Watched:
+    """A transport, and all that passed over it: what a server sees."""
+
+    transport: Transport
+    seen: list[tuple[RoundInstruction, Reply]]
+
+    def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
+        replies = self.transport.exchange(instruction, clients)
+        self.seen.extend((instruction, reply) for reply in replies)
+        return replies
+
+
+def _run(bench: Workbench, site: Site, dataset: EncodedDataset, advance: Advance) -> list[tuple[Tensor, Tensor, float]]:
+    """Theta before and after every round of fine-tuning, each [P] float32, and its learning rate."""
+    with closing(Ledger.in_memory()) as ledger:
+        transport = CohortTransport(workbench=bench, dataset=dataset, sites=[site], ledger=ledger)
+        watched = _Watched(transport=transport, seen=[])
+        server = Server(
+            workbench=bench,
+            transport=watched,
+            evaluate=lambda theta: {},
+            on_round=lambda report, state: advance(1),
+        )
+        server.run(initial_state(bench, "audit"))
+    rates = {entry.index: entry.learning_rate for entry in bench.schedule}
+    return [
+        (asked.theta, reply.vector, rates[asked.round_index])
+        for asked, reply in watched.seen
+        if asked.phase == FINETUNE and isinstance(reply, ClientUpdate)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Auditor:
+    """Holds the canaries' gradients against what the server saw."""
 
     bench: Workbench
     plan: PrivacyPlan
     dataset: EncodedDataset
-    records: np.ndarray
     canaries: np.ndarray
-    secret: SecretRoot
 
-    def scores(self, advance: Advance) -> np.ndarray:
-        """How much of each canary's clipped gradient all rounds together seem to hold, [attacks, m] float64."""
-        theta, found = self.bench.initial_theta, np.zeros((len(ATTACKS), len(self.canaries)))
-        state = None
-        for entry in self.bench.schedule:
-            if entry.phase == PROTOTYPE:
-                self._release_head(entry)
-            else:
-                row = self._train(entry, theta, state)
-                state = row.optimizer_state if self.bench.config.training.keep_state else None
-                # a step goes against the gradient; the rate is divided out, so that all rounds count alike
-                found += self._shares(theta, (theta - row.theta) / entry.learning_rate)
-                theta = row.theta
-            advance(1)
-        return found
-
-    def _release_head(self, entry: ScheduledRound) -> None:
-        bench, phase = self.bench, self.plan[PROTOTYPE]
-        layout = bench.payload_layout(PROTOTYPE)
-        total = class_sums(bench.classifier, self.dataset, self.records, layout, bench.execution.token_budget)
-        sizes = [slot.size for slot in layout.slots]
-        released = phase.privatize(total, noise=self._noise(entry), slot_sizes=sizes).cpu()
-        bench.classifier.set_head(*prototype_head(released, layout, bench.config.model.temperature))
-
-    def _train(self, entry: ScheduledRound, theta: Tensor, state: OptimizerState | None) -> TrainedRow:
-        job = TrainingJob(
-            records=self.records,
-            phase=self.plan[entry.phase],
-            sampling=self.secret.numpy("sampling", 0, entry.index),
-            noise=self._noise(entry),
-            optimizer_state=state,
-        )
-        bench = self.bench
-        return train(
-            bench.backend,
-            self.dataset,
-            [job],
-            theta,
-            num_steps=entry.num_steps,
-            learning_rate=entry.learning_rate,
-            training=bench.config.training,
-            token_budget=bench.execution.token_budget,
-        )[0]
-
-    def _noise(self, entry: ScheduledRound) -> NoiseSource:
-        generator = self.secret.numpy("noise", 0, entry.index)
-        return make_noise_source(self.bench.config.engine.noise, generator, self.bench.execution.device)
+    def shares(self, before: Tensor, after: Tensor, learning_rate: float) -> np.ndarray:
+        """How much of each canary's clipped gradient one round seems to hold, [attacks, m] float64."""
+        device = self.bench.execution.device
+        # a step goes against the gradient; the rate is divided out, so that all rounds count alike
+        return self._shares(before.to(device), (before - after).to(device) / learning_rate)
 
     def _shares(self, theta: Tensor, moved: Tensor) -> np.ndarray:
         """Ridge estimates of how often each canary's clipped gradient is in `moved` [P], [attacks, m] float64.

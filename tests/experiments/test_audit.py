@@ -6,12 +6,13 @@ these seeds do not is a fact, not a chance.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,14 +23,20 @@ from fedlora.cli import main
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunFolderError
 from fedlora.experiments import audit as audit_module
+from fedlora.experiments import audit_mechanism as audit_mechanism_module
 from fedlora.experiments.audit import audit
 from fedlora.experiments.audit_mechanism import Stage, audit_mechanism, mechanism_work, release_cases, whole_batch
+from fedlora.experiments.audit_noise import noise_config, released_noise
 from fedlora.experiments.audit_training import audit_training, small_config
+from fedlora.federation.cohort import Cohort
+from fedlora.federation.site import Site
 from fedlora.federation.sites import load_simulated_data
-from fedlora.privacy.audit.finding import Finding, judge
+from fedlora.federation.workbench import build_workbench
+from fedlora.privacy.audit.finding import ERROR, Finding, judge
+from fedlora.privacy.audit.noise import NoiseFinding, judge_noise
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.privacy.noise import NoiseSource
+from fedlora.privacy.noise import HostNoise, NoiseSource
 from fedlora.privacy.plan import FINETUNE, PrivacyPlan, make_plan
 from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot
@@ -200,6 +207,22 @@ def test_gredp_with_real_noise_claims_nothing_and_hides_nothing() -> None:
     assert weakest.bound > 10
 
 
+def test_the_noise_source_is_the_one_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def watched(kind: Literal["host", "device"], generator: np.random.Generator, device: torch.device) -> NoiseSource:
+        asked.append(kind)
+        return HostNoise(generator)
+
+    monkeypatch.setattr(audit_mechanism_module, "make_noise_source", watched)
+    monkeypatch.setattr("fedlora.engine.execution.require_accelerator", lambda device: None)
+    config = RECIPE.with_overrides(
+        "engine.noise=device", "run.device=cpu", "model.dtype=float32", "model.attention=eager"
+    )
+    audited(plan_of(), config, trials=100)
+    assert set(asked) == {"device"}
+
+
 def test_progress_adds_up() -> None:
     done: list[int] = []
     audit_mechanism(RECIPE, plan_of(), trials=130, secret=SecretRoot.seeded(0), advance=done.append)
@@ -227,11 +250,11 @@ def test_canaries_in_a_run(tiny_config: Callable[..., RunConfig], monkeypatch: p
         ),
         3,
     )
-    own = load_simulated_data(config).records.subset(np.arange(10))
+    own, bench = load_simulated_data(config).records.subset(np.arange(10)), build_workbench(config)
 
     def found() -> Finding:
         secret = SecretRoot.seeded(1)
-        return judge([audit_training(config, own, canaries=120, secret=secret, advance=lambda count: None)])[0]
+        return judge([audit_training(config, bench, own, canaries=120, secret=secret, advance=lambda count: None)])[0]
 
     sound = found()
     assert not sound.contradicts
@@ -242,6 +265,95 @@ def test_canaries_in_a_run(tiny_config: Callable[..., RunConfig], monkeypatch: p
     monkeypatch.setattr(GaussianMechanism, "privatize", NoNoise.privatize)
     silent = found()
     assert silent.contradicts, silent.bound
+
+
+def fresh_noise(config: RunConfig) -> NoiseFinding:
+    silent = noise_config(config, 2)
+    own = load_simulated_data(config).records
+    releases = released_noise(silent, build_workbench(config), own, lambda count: None)
+    return judge_noise(releases, level="training", name="fresh", error=ERROR / 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weaker:
+    """A source whose numbers are `factor` times too small."""
+
+    inner: NoiseSource
+    factor: float
+
+    def standard_normal(self, count: int, device: torch.device) -> Tensor:
+        return self.factor * self.inner.standard_normal(count, device)
+
+
+def sabotaged(lie: str) -> Callable[[Cohort, Site, int], NoiseSource]:
+    """`Cohort._noise` with `lie` in it."""
+    sound = Cohort._noise
+
+    def noise(cohort: Cohort, site: Site, index: int) -> NoiseSource:
+        match lie:
+            case "one stream for all rounds":
+                return sound(cohort, site, 0)
+            case "one stream for all clients":
+                return sound(cohort, cohort.sites[0], index)
+            case "one stream":
+                return sound(cohort, cohort.sites[0], 0)
+        return Weaker(sound(cohort, site, index), float(lie.split()[0]))
+
+    return noise
+
+
+SHOWS = {
+    "0.0 of the noise": "standard deviation",
+    "0.5 of the noise": "standard deviation",
+    "0.9 of the noise": "standard deviation",
+    "one stream for all rounds": "client 0, round 1 (finetune) and client 0, round 2 (finetune) is 1.000",
+    "one stream for all clients": "client 0, round 0 (prototype) and client 1, round 0 (prototype) is 1.000",
+    "one stream": "correlation",
+}
+
+
+@pytest.mark.parametrize("lie", SHOWS)
+def test_a_cohort_that_saves_on_noise_is_caught(
+    lie: str, tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cohort, "_noise", sabotaged(lie))
+    finding = fresh_noise(tiny_config("model.head=prototype"))
+    assert finding.contradicts
+    assert SHOWS[lie] in finding.what
+
+
+def test_a_stream_that_starts_again_in_every_step_is_caught(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(HostNoise):
+        def standard_normal(self, count: int, device: torch.device) -> Tensor:
+            return HostNoise(copy.deepcopy(self.generator)).standard_normal(count, device)
+
+    monkeypatch.setattr("fedlora.privacy.noise.HostNoise", Stuck)
+    finding = fresh_noise(tiny_config())
+    assert finding.contradicts
+    assert finding.spread == pytest.approx(2**0.5, rel=0.1)  # two steps of one noise
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.head=prototype", "federation.private_evaluation=true"),
+        ("privacy.mechanism=gredp", "privacy.gredp_noise=complex_half"),
+        ("privacy.low_pass=0.3", "training.optimizer=adam", "training.noise_filter=disk"),
+        ("federation.participation=0.4", "federation.local_steps=7", "model.head=trained"),
+    ],
+)
+def test_noise_of_sound_code_passes(overrides: tuple[str, ...], tiny_config: Callable[..., RunConfig]) -> None:
+    finding = fresh_noise(tiny_config(*overrides))
+    assert not finding.contradicts, finding.what
+    assert finding.spread == pytest.approx(1, rel=0.2)
+
+
+def test_where_no_noise_is_claimed_none_is_tested(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config("privacy.epsilon=inf")
+    own = load_simulated_data(config).records
+    assert released_noise(noise_config(config, 2), build_workbench(config), own, lambda count: None) == []
 
 
 # ----------------------------------------------------------------------------------------------------- whole command
@@ -285,6 +397,9 @@ def test_an_audit_of_all_levels_leaves_a_folder(command: Callable[..., tuple[int
     assert report["noise_seeded"] is True
     assert report["contradicted"] is False
     assert len(report["findings"]) == 9
+    assert "independent, σ·C" in out
+    assert report["noise"]["verdict"] == "consistent"
+    assert report["noise"]["confidence"] == report["findings"][0]["confidence"] == 1 - ERROR / 10
     assert all(row["epsilon_lower_bound"] <= row["epsilon_claimed"] for row in report["findings"])
     assert Path("audited/audit.png").read_bytes().startswith(b"\x89PNG")
     assert RunConfig.from_toml(Path("audited/config.toml")).privacy.seeded_noise
@@ -303,6 +418,17 @@ def test_a_contradiction_ends_with_code_4_and_one_line(
     assert "contradicted" in out
     assert "claims contradicted" in err
     assert len(list(Path("audits").iterdir())) == 1
+
+
+def test_noise_that_repeats_ends_with_code_4(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cohort, "_noise", sabotaged("one stream for all rounds"))
+    code, out, err = command("--canaries", "40", "--level", "training", "--out", "audited")
+    assert code == 4
+    assert "contradicted" in out
+    assert "fresh noise, every round and site: correlation of client 0, round 1" in err
+    assert json.loads(Path("audited/audit.json").read_text())["contradicted"] is True
 
 
 def test_the_audits_randomness_is_the_systems_unless_seeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

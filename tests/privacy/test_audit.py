@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedlora.privacy.audit.bounds import (
     held_out_bound,
 )
 from fedlora.privacy.audit.finding import ERROR, Evidence, judge
+from fedlora.privacy.audit.noise import ReleasedNoise, judge_noise
 from fedlora.privacy.audit.one_run import one_run_bound, one_run_epsilon, one_run_p_value
 from fedlora.privacy.audit.scores import log_likelihood_ratio
 
@@ -232,3 +234,52 @@ def test_a_longer_table_is_judged_more_strictly() -> None:
     assert alone.confidence == 0.95
     assert many.confidence == pytest.approx(1 - 0.05 / 20)
     assert many.bound < alone.bound
+
+
+# ---------------------------------------------------------------------------------------------------- released noise
+
+
+def noise_of(draw: np.random.Generator, size: int = 60, widening: float = 1.0) -> list[ReleasedNoise]:
+    """Two clients' two rounds of a phase of `size` numbers, and one release of fewer in another phase."""
+    names = [("one", client, 0, 12) for client in range(2)]
+    names += [("two", client, round_index, size) for round_index in (1, 2) for client in range(2)]
+    return [
+        ReleasedNoise(
+            phase=phase,
+            client=client,
+            round_index=index,
+            values=widening * draw.normal(size=count),
+            rank=count,
+            widening=widening,
+        )
+        for phase, client, index, count in names
+    ]
+
+
+@pytest.mark.parametrize("widening", [1.0, 1.3])
+def test_sound_noise_is_seldom_refuted(widening: float) -> None:
+    draw = np.random.default_rng(9)
+    failures = 0
+    for _ in range(1000):
+        finding = judge_noise(noise_of(draw, widening=widening), level="x", name="x", error=ERROR)
+        failures += finding.contradicts
+    assert failures <= most_failures(1000, ERROR)
+    assert failures or widening > 1  # the tests are not so cautious that they see nothing
+
+
+def test_each_fault_of_noise_is_named() -> None:
+    draw = np.random.default_rng(10)
+    sound = noise_of(draw, 5000)
+    weak = [dataclasses.replace(part, values=0.9 * part.values) for part in sound]
+    silent = [*sound[:-1], dataclasses.replace(sound[-1], values=np.zeros(5000))]
+    again = [*sound[:-1], dataclasses.replace(sound[-1], values=sound[-2].values)]
+    begun_again = [
+        *sound[:-1],
+        dataclasses.replace(sound[-1], values=np.append(sound[0].values, draw.normal(size=4988))),
+    ]
+    found = [judge_noise(parts, level="x", name="x", error=1e-5) for parts in (sound, weak, silent, again, begun_again)]
+    assert [finding.contradicts for finding in found] == [False, True, True, True, True]
+    assert "standard deviation in phase two is 0.90" in found[1].what
+    assert "client 1, round 2" in found[2].what
+    assert found[3].what == "correlation of client 0, round 2 (two) and client 1, round 2 (two) is 1.000"
+    assert found[4].what == "correlation of client 0, round 0 (one) and client 1, round 2 (two) is 1.000"

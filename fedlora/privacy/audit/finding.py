@@ -71,9 +71,15 @@ class Finding:
         return "no claim" if math.isinf(self.evidence.claimed) else "consistent"
 
 
-def judge(evidence: Sequence[Evidence]) -> list[Finding]:
-    """A lower bound for each; the error is divided among them (Bonferroni), so that a long table cries no more wolf."""
-    return [_judge(part, ERROR / len(evidence)) for part in evidence]
+def judge(evidence: Sequence[Evidence], *, error: float | None = None) -> list[Finding]:
+    """A lower bound for each; the error is divided among them (Bonferroni), so that a long table cries no more wolf.
+
+    Args:
+        evidence: one part for each row.
+        error: of each row, where the table has rows of other kinds as well; None divides `ERROR` among these.
+    """
+    share = ERROR / len(evidence) if error is None else error
+    return [_judge(part, share) for part in evidence]
 
 
 def _judge(evidence: Evidence, error: float) -> Finding:
