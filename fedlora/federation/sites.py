@@ -79,8 +79,8 @@ def make_sites(
     """
     if policy is not None and len(data.parts) > 1 and config.data.source != "generated":
         raise PolicyRefused(
-            f"federation.clients = {len(data.parts)}, but the policy {policy.path} is one site's and its records have "
-            'one budget; set federation.clients=1, or source = "generated" in the policy to try it with several',
+            f"federation.clients = {len(data.parts)}, but the policy {policy.path} is one site's, with one "
+            'budget for its records; set federation.clients=1, or try several with source = "generated" in the policy',
             rule="data",
         )
     return [make_site(config, data, schedule, client, policy) for client in data.parts]
