@@ -15,7 +15,7 @@
     ├── AdapterError             1   layouts that do not match
     ├── ProtocolError            1   a message that does not fit the round
     │   └── RoundRepeated            a round that was done before
-    ├── AuditContradiction       4   an audit's lower bound exceeds the claimed ε
+    ├── AuditContradiction       4   an audit refutes what a recipe claims
     └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
 
 A message never contains text, labels, gradients or norms of private records.
