@@ -71,7 +71,7 @@ def _gradient(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """[P], of the record in `row` of a micro-batch of `members`, the others being another client's where that can be."""
+    """[P], of the record in `row` of a micro-batch of `members`, the others another client's where that can be."""
     batch, labels = dataset.batch(members, device, shape=shape)
     owner = torch.full(shape[:1], int(backend.fuses_clients), device=device)
     owner[row] = 0

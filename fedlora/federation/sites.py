@@ -74,7 +74,7 @@ def make_sites(
     """One site per part, each with its own plan and its own secret streams.
 
     Raises:
-        PolicyRefused: a policy for several sites, whose parts would each have the whole data set's budget; or by a site.
+        PolicyRefused: a policy for several sites, whose parts would each have the whole budget; or by a site.
         DataError, BudgetRefused: as `make_site`.
     """
     if policy is not None and len(data.parts) > 1 and config.data.source != "generated":
