@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedlora.errors import ConfigError
-from fedlora.schema import Section, build_section, require_known, setting, shown
+from fedlora.schema import Section, build_section, parse_settings, read_settings, require_known, setting, shown
 
 Scalar = bool | int | float | str
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -194,13 +194,7 @@ class RunConfig:
     @classmethod
     def from_toml(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a recipe; see `from_mapping` for what is refused."""
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read recipe {path}: {error.strerror}; give the path of a TOML file") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
-        return cls.from_mapping(tables, overrides)
+        return cls.from_mapping(parse_settings(read_settings(path, "recipe"), f"recipe {path}"), overrides)
 
     def to_mapping(self) -> dict[str, dict[str, Any]]:
         """Nested tables of plain values, tuples as lists; `from_mapping` inverts it."""

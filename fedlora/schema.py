@@ -1,7 +1,8 @@
 """What a settings file may hold: frozen sections whose fields carry type, range and meaning.
 
 A key's type comes from its annotation, its range from `setting(...)`; whatever does not fit is a ConfigError that says
-what, got and wanted, and names the nearest known key. Used by the run's config and by a site's policy.
+what, got and wanted, and names the nearest known key. Used by the run's config and by a site's policy, as is the one
+way in which either is read from disk.
 """
 
 from __future__ import annotations
@@ -10,12 +11,58 @@ import dataclasses
 import difflib
 import json
 import math
+import stat
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fedlora.errors import ConfigError
+
+LARGEST_FILE = 2**20
+"""Bytes of a settings file, at most: what is larger is something else."""
+
+
+def read_settings(path: Path, kind: str) -> bytes:
+    """The content of a settings file. Neither waits for a pipe nor reads a device without end.
+
+    Args:
+        kind: what the file is to the reader of a message, such as "recipe".
+
+    Raises:
+        ConfigError: there is no regular file at `path`, it is too large or cannot be read.
+    """
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            with path.open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+            if len(content) <= LARGEST_FILE:
+                return content
+            reason = f"it has more than {LARGEST_FILE} bytes"
+        else:
+            reason = "it is a folder, a device or a pipe"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+    raise ConfigError(f"cannot read {kind} {path}: {reason}; give the path of a TOML file")
+
+
+def parse_settings(content: bytes, place: str) -> dict[str, Any]:
+    """The tables of a settings file.
+
+    Args:
+        place: which file, for a message.
+
+    Raises:
+        ConfigError: it is not valid TOML.
+    """
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{place} is not valid TOML: nested too deeply") from error
 
 
 def setting(

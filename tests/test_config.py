@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 import types
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import SECTIONS, ModelConfig, PrivacyConfig, RunConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, PolicyRefused
+from fedlora.privacy.policy import SitePolicy
+from fedlora.schema import LARGEST_FILE
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 # What a person may type; Flower's and TOML's values are Unicode text without surrogates.
@@ -195,6 +198,8 @@ def test_sections_that_contradict_one_another_are_refused(overrides: list[str], 
         (b"privacy = 3", "[privacy] is 3, wanted a table of keys"),
         (b"epsilon = 3", "unknown section [epsilon]"),
         (b"[privacy]\nepsilon = 2020-01-01", 'privacy.epsilon = "2020-01-01", wanted a number'),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+        (b"#" * (LARGEST_FILE + 1), "more than 1048576 bytes"),
     ],
 )
 def test_a_broken_recipe_is_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -207,9 +212,24 @@ def test_a_broken_recipe_is_one_clear_line(tmp_path: Path, content: bytes, messa
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.toml", tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path, Path("a\0name")):
         with pytest.raises(ConfigError, match=r"cannot read recipe .*; give the path of a TOML file"):
             RunConfig.from_toml(path)
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), Path("/dev/full"), tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match="it is a folder, a device or a pipe"):
+            RunConfig.from_toml(path)
+        with pytest.raises(PolicyRefused, match=r"a device or a pipe; .*; nothing runs"):
+            SitePolicy.from_toml(path)
+
+
+def test_the_largest_file_is_read(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(b"#" * LARGEST_FILE)
+    assert RunConfig.from_toml(recipe) == RunConfig()
 
 
 @settings(max_examples=200, deadline=None)

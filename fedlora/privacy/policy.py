@@ -12,7 +12,6 @@ the site; the server learns no more than that it was refused. Every rule is expl
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from fedlora.config import RunConfig, Task
 from fedlora.errors import ConfigError, PolicyRefused
 from fedlora.privacy.ledger import Cap
-from fedlora.schema import Section, build_section, require_known, required, setting, shown
+from fedlora.schema import (
+    Section,
+    build_section,
+    parse_settings,
+    read_settings,
+    require_known,
+    required,
+    setting,
+    shown,
+)
 
 if TYPE_CHECKING:
     from fedlora.privacy.plan import PrivacyPlan
@@ -93,11 +101,12 @@ class SitePolicy:
             PolicyRefused: there is none at `path`, or anything in it is not as it should be.
         """
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = parse_settings(read_settings(path, "the policy"), f"the policy {path}")
+        except ConfigError as error:
+            raise PolicyRefused(f"{error}; nothing runs") from error
+        try:
             return cls._from_tables(path, tables)
-        except OSError as error:
-            raise PolicyRefused(f"cannot read the policy {path}: {error.strerror}; nothing runs") from error
-        except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ConfigError as error:
             raise PolicyRefused(f"the policy {path} is broken: {error}; nothing runs") from error
 
     @classmethod
