@@ -71,7 +71,7 @@ class Base:
             dtype=DTYPES[execution.dtype],
             attention=execution.attention,
         )
-        modules = classifier.target_modules(config.adapter.target_modules)
+        modules = classifier.target_modules(config.adapter.targets)
         layout = ffa.build_layout(modules, {}, rank=config.adapter.rank, alpha=config.adapter.alpha)
         factors = {
             name: ffa.frozen_factor(seed, name, layout.rank, module.in_features) for name, module in modules.items()

@@ -42,7 +42,7 @@ class ModelConfig(Section, section="model"):
     pooling: Literal["auto", "cls", "mean", "last"] = setting(
         "auto", "auto: the model's own head for frozen and trained, the model card's pooling for prototype"
     )
-    temperature: float = setting(10.0, "scale of the prototype head's logits", above=0)
+    temperature: float = setting(10.0, "scale of the prototype head's logits", above=0, at_most=500)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,36 @@ class AdapterConfig(Section, section="adapter"):
     rank: int = setting(8, "inner dimension r of B A", at_least=1)
     alpha: float = setting(8.0, "the adapter's output is scaled by alpha / rank", above=0)
     target_modules: tuple[str, ...] = setting(
-        ("query", "value"), "module types (query, key, value, attention_output, up, down, gate) or name endings"
+        ("auto",),
+        "module types (query, key, value, attention_output, up, down, gate), name endings, or all: every linear of a "
+        "block; auto: query and value, or all where modules are selected",
     )
-    select: Literal["none"] = setting("none", "how modules are chosen among the targets")
+    select: Literal["none", "all", "random", "probe", "alignment", "warmup", "bilevel", "mask"] = setting(
+        "none", "how modules are chosen among the targets: DiffoRA's search by several scores, and its controls"
+    )
+    ratio: float = setting(0.5, "share of the targets that is chosen", above=0, at_most=1)
+    discretise: Literal["per_layer_topk", "global_topk", "cost_aware"] = setting(
+        "per_layer_topk", "from scores to a choice: best of each layer | best of all | energy against noise, own ratio"
+    )
+    sharing: Literal["none", "type"] = setting("none", "type: modules not chosen share one adapter with their type")
+    warm_start: bool = setting(True, "chosen modules keep the B of the search; false: they start at zero")
+    warmup_rounds: int = setting(
+        2, "of federation.rounds, on all targets, before alignment, warmup or bilevel choose", at_least=0
+    )
+    search_rounds: int = setting(2, "of federation.rounds, of select = bilevel: weights and gates in turn", at_least=1)
+    gate_learning_rate: float = setting(1.0, "of the gates of select = bilevel", above=0)
+    mask: str = setting("", "file with the choice itself, for select = mask: a selection.json, or a list of modules")
+    probe_texts: str = setting("", "file of public texts by line for select = probe; empty: generated ones")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`target_modules` with auto spelled out."""
+        spelled_out = ("query", "value") if self.select == "none" else ("all",)
+        return tuple(
+            dict.fromkeys(
+                word for entry in self.target_modules for word in (spelled_out if entry == "auto" else (entry,))
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +101,7 @@ class DataConfig(Section, section="data"):
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig(Section, section="federation"):
     clients: int = setting(3, "number of clients", at_least=1)
-    rounds: int = setting(10, "fine-tuning rounds", at_least=1)
+    rounds: int = setting(10, "rounds of training, those of a search among them", at_least=1)
     local_steps: int = setting(10, "private steps of a client in a round", at_least=1)
     participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
     weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
@@ -122,6 +149,8 @@ class PrivacyConfig(Section, section="privacy"):
     accountant: Literal["pld", "rdp"] = setting("pld", "pld is tight; rdp is a fast upper bound")
     prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0)
     evaluation_noise_multiplier: float = setting(10.0, "noise of the one release of evaluation counts", above=0)
+    alignment_noise_multiplier: float = setting(20.0, "noise of the one release of module scores", above=0)
+    bilevel_noise_multiplier: float = setting(4.0, "noise of each search step of select = bilevel", above=0)
     allow_unsound: bool = setting(False, "run gredp_noise = real, which protects nothing; its ε is given as ∞")
     seeded_noise: bool = setting(False, "reproducible research only: noise and batches from run.seed, NOT private")
 
@@ -169,6 +198,16 @@ class RunConfig:
     def unsound(self) -> bool:
         """Whether the mechanism protects nothing, however much noise it adds."""
         return self.privacy.mechanism == "gredp" and self.privacy.gredp_noise == "real"
+
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds that train all candidates before modules are chosen."""
+        return self.adapter.warmup_rounds if self.adapter.select in ("alignment", "warmup", "bilevel") else 0
+
+    @property
+    def search_rounds(self) -> int:
+        """Rounds that train weights and gates in turn."""
+        return self.adapter.search_rounds if self.adapter.select == "bilevel" else 0
 
     @classmethod
     def from_mapping(cls, tables: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
@@ -254,6 +293,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
 
 
 def _check_relations(config: RunConfig) -> None:
+    _check_selection(config)
     if config.data.task == "stsb" and config.model.head == "prototype":
         raise ConfigError(
             "model.head = prototype needs classes, but data.task = stsb is a regression; "
@@ -270,3 +310,46 @@ def _check_relations(config: RunConfig) -> None:
         )
     if config.data.partition == "column" and not config.data.partition_column:
         raise ConfigError("data.partition = column needs data.partition_column; name the column that holds the client")
+
+
+_LEAST_WARMUP = {
+    "alignment": (1, "scores the directions that warm-up rounds have released"),
+    "warmup": (2, "compares the updates of different rounds"),
+    "bilevel": (1, "learns nothing at B = 0, where the gradient of every gate is exactly zero"),
+}
+
+
+def _check_selection(config: RunConfig) -> None:
+    adapter, rounds = config.adapter, config.federation.rounds
+    least, why = _LEAST_WARMUP.get(adapter.select, (0, ""))
+    if adapter.warmup_rounds < least:
+        raise ConfigError(
+            f"adapter.select = {adapter.select} {why}, but adapter.warmup_rounds = {adapter.warmup_rounds}; "
+            f"set it to at least {least}"
+        )
+    searched = config.warmup_rounds + config.search_rounds
+    if searched >= rounds:
+        raise ConfigError(
+            f"the search takes {searched} of federation.rounds = {rounds}, which leaves none for fine-tuning; "
+            f"set federation.rounds above {searched}, or lower adapter.warmup_rounds"
+        )
+    if adapter.discretise == "cost_aware" and adapter.select != "none":
+        if not least:
+            raise ConfigError(
+                f"adapter.discretise = cost_aware weighs signal against noise, which adapter.select = {adapter.select} "
+                "does not measure; use select = alignment, warmup or bilevel, or discretise = global_topk"
+            )
+        if adapter.warmup_rounds < 2:
+            raise ConfigError(
+                "adapter.discretise = cost_aware compares the updates of different rounds, but adapter.warmup_rounds = "
+                f"{adapter.warmup_rounds}; set it to at least 2"
+            )
+    if (adapter.select == "mask") != bool(adapter.mask):
+        raise ConfigError(
+            f"adapter.select = {adapter.select} with adapter.mask = {shown(adapter.mask)}: a given choice needs both "
+            "select = mask and the file; set both or neither"
+        )
+    if adapter.probe_texts and adapter.select != "probe":
+        raise ConfigError(
+            f"adapter.probe_texts is given, but adapter.select = {adapter.select} does not read it; leave it out"
+        )

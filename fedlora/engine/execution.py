@@ -111,7 +111,7 @@ def _measure(config: RunConfig, device: torch.device, dtype: str, attention: Att
         raise
     ids = torch.randint(5, 100, (64, 16), device=device, generator=torch.Generator(device).manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    lowest = next(iter(classifier.target_modules(config.adapter.target_modules).values()))
+    lowest = next(iter(classifier.target_modules(config.adapter.targets).values()))
     lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
     times = []
     for _ in range(4):

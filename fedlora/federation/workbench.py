@@ -67,7 +67,7 @@ def build_workbench(config: RunConfig) -> Workbench:
         attention=execution.attention,
     )
     adapter = config.adapter
-    modules = classifier.target_modules(adapter.target_modules)
+    modules = classifier.target_modules(adapter.targets)
     heads = classifier.head_modules() if config.model.head == "trained" else {}
     layout = ffa.build_layout(modules, heads, rank=adapter.rank, alpha=adapter.alpha)
     factors = {

@@ -10,6 +10,8 @@ from torch import nn
 
 from fedlora.errors import ModelError
 
+ALL = "all"
+"""In the place of a type: every linear of a block that a type, or several fused into one, names."""
 MODULE_TYPES = ("query", "key", "value", "attention_output", "up", "down", "gate")
 
 
@@ -108,8 +110,9 @@ def select_linears(linears: Mapping[str, nn.Linear], family: str, types: Sequenc
     Args:
         linears: all linears of the base model, path -> module, in module order.
         family: the config's `model_type`.
-        types: canonical types (MODULE_TYPES), which mean linears of transformer blocks only, or endings of paths,
-            matched by whole components ("self.query" matches "….attention.self.query", "uery" does not).
+        types: canonical types (MODULE_TYPES), which mean linears of transformer blocks only; "all", which means all of
+            them; or endings of paths, matched by whole components ("self.query" matches "….attention.self.query",
+            "uery" does not).
 
     Raises:
         ModelError: an entry matches nothing.
@@ -132,7 +135,26 @@ def shared_input_paths(paths: Sequence[str], family: str, config: object) -> set
     return {path for path in paths if _inside_block(path, known.blocks) in shared}
 
 
+def block_position(path: str, family: str) -> tuple[int, str]:
+    """Layer and type of a linear: its block's number and canonical type, or what stands for them in its path.
+
+    "encoder.layer.3.output.dense" -> (3, "down"). A linear of no known type has its path within the block for a type,
+    one outside the blocks layer -1 and its whole path.
+    """
+    known = FAMILIES.get(family)
+    numbers = [(place, part) for place, part in enumerate(path.split(".")) if part.isdigit()]
+    if not numbers:
+        return -1, path
+    place, number = numbers[0]
+    inner = ".".join(path.split(".")[place + 1 :])
+    names = {inside: kind for kind, inside in known.types.items()} if known else {}
+    return int(number), names.get(inner, inner)
+
+
 def _matching(paths: Sequence[str], family: str, entry: str) -> list[str]:
+    if entry == ALL and family in FAMILIES:
+        inside = {*FAMILIES[family].types.values(), *(FAMILIES[family].fused or {})}
+        return [path for path in paths if _inside_block(path, FAMILIES[family].blocks) in inside]
     if entry not in MODULE_TYPES:
         return [path for path in paths if f".{path}".endswith(f".{entry}")]
     if family not in FAMILIES or entry not in FAMILIES[family].types:
