@@ -15,6 +15,9 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.engine.batching import fixed_shapes
 from fedlora.models import Classifier
 
+LARGEST_LOGIT = 1000.0
+"""No head made here has a number beyond it, whatever the noise (`prototype_head` says why), and no site takes one."""
+
 
 def prototype_layout(num_labels: int, hidden_size: int) -> AdapterLayout:
     """What a site releases: `sums` [C, h] and `counts` [C]."""
@@ -54,9 +57,16 @@ def prototype_head(released: Tensor, layout: AdapterLayout, temperature: float) 
     log(count_c) - temperature / (2 s) * |z - m_c|² up to a term common to all classes: a Gaussian class model with its
     prior, without which training first shifts every embedding towards the larger class. Dividing by s makes the
     temperature mean the same whether the classes lie close together or far apart.
+
+    A mean of embeddings lies in the unit ball, as they do. One that noise has carried out of it, as happens where a
+    class has few records, is put back on its surface (the nearest point of the ball); all others stay as they are. This
+    bounds the head: no offset is longer than C/2 times the mean of all, so that the weights stay within temperature
+    · C / 2, and, as | |m_c|² - |m|² | <= 2 |m_c - m| in the ball, the biases do but for the prior. That is at most 89,
+    the log of the largest float32, and `model.temperature` is at most 500: no number reaches `LARGEST_LOGIT`.
     """
     sums, counts = (layout.view(released, slot) for slot in layout.slots)
     means = sums / counts.clamp(min=1.0).unsqueeze(1)
+    means = means * means.norm(dim=1, keepdim=True).reciprocal().clamp(max=1.0)
     centre = means.mean(dim=0)
     offsets = means - centre
     scale = temperature / offsets.norm(dim=1).mean().clamp(min=1e-6)

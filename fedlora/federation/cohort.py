@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.confusion import confusion_counts
-from fedlora.engine.prototypes import class_sums
+from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_update
@@ -24,9 +24,6 @@ from fedlora.privacy.plan import EVALUATION, PROTOTYPE
 LARGEST_VALUE = 10.0
 """Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
 the range of trained values a hostile theta can magnify that beyond the clip norm."""
-
-LARGEST_LOGIT = 1000.0
-"""Of a prototype head, for the same reason: its rows have a length of about model.temperature."""
 
 
 @dataclass(kw_only=True)
@@ -82,9 +79,10 @@ class Cohort:
     def _set_head(self, weight: Tensor, bias: Tensor) -> None:
         if self.workbench.config.model.head != "prototype":
             raise ProtocolError("instruction has a head, but model.head is not prototype: nobody sends one in this run")
-        if max(weight.abs().max(), bias.abs().max()) > LARGEST_LOGIT:
+        if not all(part.abs().max() <= LARGEST_LOGIT for part in (weight, bias)):  # rounding, as for theta
             raise ProtocolError(
-                f"instruction's head has values beyond ±{LARGEST_LOGIT:g}; lower model.temperature in a run of yours"
+                f"instruction's head has values beyond ±{LARGEST_LOGIT:g} or none at all, which no noisy class means "
+                "give; its server is not to be trusted, or of another version"
             )
         self.workbench.classifier.set_head(weight, bias)
 

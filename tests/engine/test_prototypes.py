@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.engine.prototypes import class_sums, prototype_head, prototype_layout
+from fedlora.config import ModelConfig
+from fedlora.data.tasks import TASKS
+from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums, prototype_head, prototype_layout
+from fedlora.errors import ConfigError
 from fedlora.federation.workbench import Workbench
 
 LENGTHS = [5, 12, 3, 9, 12, 4, 7, 6]
@@ -97,6 +100,7 @@ def test_the_head_is_the_gaussian_classifier_of_the_class_means(seed: int, class
     counts = torch.rand(classes, generator=draw) * 100 + 1
     weight, bias = prototype_head(torch.cat([sums.flatten(), counts]), layout, temperature)
     means = (sums / counts.unsqueeze(1)).double()
+    means /= means.norm(dim=1, keepdim=True).clamp(min=1.0)
     spread = (means - means.mean(dim=0)).norm(dim=1).mean()
     points = torch.randn(5, 6, generator=draw).double()
     distances = (points.unsqueeze(1) - means).square().sum(dim=2)
@@ -111,3 +115,49 @@ def test_a_head_of_hopeless_noise_is_still_finite() -> None:
         weight, bias = prototype_head(released, layout, 20.0)
         assert torch.isfinite(weight).all()
         assert torch.isfinite(bias).all()
+
+
+MOST_CLASSES = max(task.num_labels for task in TASKS.values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    classes=st.integers(2, MOST_CLASSES),
+    log_noise=st.floats(-6.0, 6.0),
+    log_records=st.floats(0.0, 4.0),
+    temperature=st.floats(1e-3, 500.0),
+)
+def test_no_noise_makes_a_head_that_a_site_would_refuse(
+    seed: int, classes: int, log_noise: float, log_records: float, temperature: float
+) -> None:
+    layout, draw = prototype_layout(classes, 384), torch.Generator().manual_seed(seed)
+    counts = 10**log_records * torch.rand(classes, generator=draw)
+    exact = torch.cat([(torch.randn(classes, 384, generator=draw) * 0.05 * counts.unsqueeze(1)).flatten(), counts])
+    released = exact + 10**log_noise * torch.randn(layout.size, generator=draw)
+    bound = temperature * classes / 2 + 89
+    for part in prototype_head(released, layout, temperature):
+        assert part.abs().max() <= bound * 1.1 < LARGEST_LOGIT
+
+
+def test_the_largest_temperature_is_the_one_that_the_bound_on_heads_is_made_for() -> None:
+    with pytest.raises(ConfigError, match=r"model\.temperature = 500\.001, wanted > 0 and <= 500"):
+        ModelConfig(temperature=500.001)
+    layout = prototype_layout(MOST_CLASSES, 5)
+    for counts in (torch.tensor([3e38, 0, 0]), torch.tensor([0, 3e38, -3e38])):
+        released = torch.cat([torch.eye(3, 5).flatten() * 3e38, counts])
+        for part in prototype_head(released, layout, ModelConfig(temperature=500.0).temperature):
+            assert part.abs().max() <= LARGEST_LOGIT
+
+
+def test_class_means_within_the_unit_ball_are_taken_bit_for_bit_and_others_put_on_its_surface() -> None:
+    layout, draw = prototype_layout(2, 6), torch.Generator().manual_seed(1)
+    counts = torch.tensor([1000.0, 700.0])
+    means = torch.nn.functional.normalize(torch.randn(2, 6, generator=draw))
+    near, far = (torch.cat([(scale * means * counts.unsqueeze(1)).flatten(), counts]) for scale in (0.999, 7.0))
+    exact = layout.view(near, layout.slots[0]) / counts.unsqueeze(1)
+    offsets = exact - exact.mean(dim=0)
+    assert torch.equal(prototype_head(near, layout, 10.0)[0], 10.0 / offsets.norm(dim=1).mean() * offsets)
+    surface = torch.cat([(means * counts.unsqueeze(1)).flatten(), counts])
+    for got, wanted in zip(prototype_head(far, layout, 10.0), prototype_head(surface, layout, 10.0), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-4)

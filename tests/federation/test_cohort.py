@@ -135,8 +135,9 @@ def test_an_instruction_that_does_not_fit_costs_nobody_anything(
         ("prototype", (torch.zeros(3, 16), torch.zeros(3)), AdapterError),
         ("prototype", (torch.full((2, 16), -1001.0), torch.zeros(2)), ProtocolError),
         ("prototype", (torch.zeros(2, 16), torch.full((2,), 1e30)), ProtocolError),
+        ("prototype", (torch.zeros(2, 16), torch.full((2,), torch.nan)), ProtocolError),
     ],
-    ids=["none is due", "another width", "other classes", "huge weights", "huge biases"],
+    ids=["none is due", "another width", "other classes", "huge weights", "huge biases", "no number"],
 )
 def test_a_head_that_does_not_fit_costs_nobody_anything(
     make_federation: Any, monkeypatch: pytest.MonkeyPatch, head: str, sent: Any, error: type[Exception]

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.engine.prototypes import LARGEST_LOGIT
 from fedlora.errors import FedloraError
 from fedlora.federation.messages import FAILURE_CODES, ClientFailure, ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
+from fedlora.randomness import SecretRoot
 
 Change = Callable[[ClientUpdate], list[Reply]]
 
@@ -167,6 +169,19 @@ def test_the_prototype_head_is_installed_and_travels_with_every_later_instructio
     assert weight.any()
     assert not sent[0].theta.any(), "the prototype round leaves theta where it was"
     assert not sent[1].theta.any()
+
+
+@pytest.mark.parametrize("records", [60, 100, 200])
+def test_sites_of_few_records_live_through_the_noise_of_their_prototypes(make_federation: Any, records: int) -> None:
+    """A head that the sites then refuse would end a run that is charged already; 20 draws of the noise each."""
+    options = (f"data.generated_records={records}", "training.expected_batch_size=8", "federation.rounds=1")
+    federation = make_federation("model.head=prototype", "privacy.accountant=rdp", *options)
+    for draw in range(20):
+        for site in federation.sites:
+            site.secret, site.next_round, site.run_id = SecretRoot.seeded(draw), 0, None
+        state = dataclasses.replace(federation.start(), run_id=f"run-{draw}")
+        assert federation.server().run(state).next_round == 2
+        assert max(part.abs().max() for part in state.head) < 0.1 * LARGEST_LOGIT
 
 
 def test_bytes_are_counted_up_and_down_over_all_clients(make_federation: Any) -> None:
