@@ -5,7 +5,8 @@
     │   ├── ConfigError              a key, type or range in a configuration
     │   ├── DataError                records, columns, labels, partitions
     │   ├── ModelError               base model, tokenizer, target modules
-    │   └── RunFolderError           an output or resume folder
+    │   ├── RunFolderError           an output or resume folder
+    │   └── NoLedger                 a path to read a ledger from that has none
     ├── PrivacyError             3   budget or policy refused; nothing was trained or released
     │   ├── BudgetRefused            a charge would pass what was planned or what the site allows
     │   ├── UnsoundMechanism         a mechanism that protects nothing, however much noise it adds
@@ -48,6 +49,10 @@ class ModelError(InputError):
 
 class RunFolderError(InputError):
     """A run folder exists already, is missing or cannot be read."""
+
+
+class NoLedger(InputError):
+    """What a ledger was to be read from is none, and never was."""
 
 
 class PrivacyError(FedloraError):

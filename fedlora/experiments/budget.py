@@ -80,7 +80,7 @@ def verify_ledger(path: Path, *, known_head: str | None = None) -> tuple[str, in
     """Head digest and number of rows of the ledger at `path`, without pricing anything.
 
     Raises:
-        LedgerUnavailable, LedgerBroken: as `read_budget`.
+        NoLedger, LedgerUnavailable, LedgerBroken: as `read_budget`.
     """
     with closing(Ledger.read(path)) as ledger:
         return ledger.verify(known_head=known_head), len(ledger.entries())
@@ -95,7 +95,8 @@ def read_budget(path: Path, *, policy: SitePolicy | None = None, delta: float, k
         known_head: digest noted earlier that must be in the chain.
 
     Raises:
-        LedgerUnavailable, LedgerBroken: there is no ledger, or not as it was written.
+        NoLedger: there is no ledger at `path`.
+        LedgerUnavailable, LedgerBroken: it cannot be opened, or is not as it was written.
     """
     with closing(Ledger.read(path)) as ledger:
         head = ledger.verify(known_head=known_head)

@@ -6,6 +6,7 @@ transaction ends, that nobody else writes in between, and that a row removed or 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,12 +14,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fedlora.errors import LedgerBroken, LedgerUnavailable
+from fedlora.errors import LedgerBroken, LedgerUnavailable, NoLedger
 
 FORMAT = 1
 WAIT_SECONDS = 60.0
@@ -49,7 +50,9 @@ CREATE TABLE entry (
 CREATE INDEX entry_by_round ON entry (run, round);
 CREATE INDEX entry_by_reservation ON entry (reservation);
 CREATE TABLE head (count INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;  -- shows when the last rows are removed
-"""
+"""  # SQLite keeps this text and every ledger is compared with it: a changed word is another FORMAT
+
+_OBJECTS = "SELECT name, CAST(sql AS BLOB) FROM sqlite_master ORDER BY name"
 
 Row = dict[str, str | int | float | None]
 
@@ -81,8 +84,8 @@ class LedgerFile:
 
     def __init__(self, connection: sqlite3.Connection, place: str, *, writable: bool = True) -> None:
         """Use `open`, `read` or `in_memory`."""
-        self._connection, self._place, self._lock = connection, place, threading.Lock()
-        self._begin = "BEGIN IMMEDIATE" if writable else "BEGIN"
+        self._connection, self._place, self._writable = connection, place, writable
+        self._lock = threading.Lock()
         try:
             if writable:
                 self._prepare()
@@ -120,11 +123,12 @@ class LedgerFile:
         SQLite may take the file for complete.
 
         Raises:
+            NoLedger: there is no file at `path`, or it never was a ledger.
             LedgerUnavailable, LedgerBroken: as `open`.
         """
         try:
             if not path.is_file():
-                raise LedgerUnavailable(f"there is no ledger at {path}; give the path of a site's ledger file")
+                raise NoLedger(f"there is no ledger at {path}; give the path of a site's ledger file")
             in_use = path.with_name(f"{path.name}-wal").exists()
             return cls(_connect(path, "mode=ro" if in_use else "mode=ro&immutable=1"), str(path), writable=False)
         except (OSError, sqlite3.Error, ValueError) as error:
@@ -185,6 +189,8 @@ class LedgerFile:
         return count, digest
 
     def _verify(self, known_head: str | None) -> str:
+        if self._connection.execute(_OBJECTS).fetchall() != _schema():
+            raise LedgerBroken(f"the ledger {self._place} has tables or columns of other making; {_HELP}")
         previous, seen = _GENESIS, {_GENESIS}
         rows = self._connection.execute(f"SELECT {', '.join(_COLUMNS)}, previous, digest FROM entry ORDER BY id")
         for number, (*row, before, digest) in enumerate(rows, 1):
@@ -206,8 +212,7 @@ class LedgerFile:
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
             (tables,) = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             if (version, tables) == (0, 0):
-                for statement in _SCHEMA.split(";\n"):
-                    self._connection.execute(statement)
+                _make_tables(self._connection)
                 self._connection.execute("INSERT INTO head VALUES (0, ?)", (_GENESIS,))
                 self._connection.execute(f"PRAGMA user_version = {FORMAT}")
 
@@ -226,6 +231,9 @@ class LedgerFile:
     def _check_format(self) -> None:
         with self.transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            names = [name for name, _ in self._connection.execute(_OBJECTS)]
+            if version == 0 and "head" not in names:
+                raise self._no_ledger("a database of something else" if names else "an empty file")
             if version != FORMAT:
                 raise LedgerBroken(f"{self._place} is no ledger of format {FORMAT}; give a site's ledger file")
             self._verify(None)
@@ -236,7 +244,7 @@ class LedgerFile:
         with self._lock:
             try:
                 before = self._connection.total_changes
-                self._connection.execute(self._begin)
+                self._connection.execute("BEGIN IMMEDIATE" if self._writable else "BEGIN")
                 try:
                     yield
                     self._connection.execute("COMMIT")
@@ -249,14 +257,35 @@ class LedgerFile:
             except _UNUSABLE as error:
                 raise self._unusable(error) from error
 
-    def _unusable(self, error: Exception) -> LedgerBroken | LedgerUnavailable:
+    def _no_ledger(self, what: str) -> LedgerBroken | NoLedger:
+        """For one who reads, a wrong path; for one who charges, a ledger that may have been overwritten."""
+        kind = LedgerBroken if self._writable else NoLedger
+        return kind(f"{self._place} is no ledger but {what}; give a site's ledger, or its backup if this was one")
+
+    def _unusable(self, error: Exception) -> LedgerBroken | LedgerUnavailable | NoLedger:
+        reason = " ".join(str(error).split())  # it may quote lines of a damaged file
         if isinstance(error, sqlite3.OperationalError):  # locked, read-only, disk full
-            return LedgerUnavailable(f"cannot use the ledger {self._place}: {error}; nothing was computed")
-        return LedgerBroken(f"{self._place} is no readable ledger ({error}); {_HELP}")
+            return LedgerUnavailable(f"cannot use the ledger {self._place}: {reason}; nothing was computed")
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            return self._no_ledger("not an SQLite file")
+        return LedgerBroken(f"{self._place} is no readable ledger ({reason}); {_HELP}")
 
 
 _UNUSABLE = (sqlite3.Error, UnicodeDecodeError)  # the latter where a damaged name lands in SQLite's own message
 _HELP = "restore it from a backup and find out who changed it; until then nothing is computed on its data"
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    for statement in _SCHEMA.split(";\n"):
+        connection.execute(statement)
+
+
+@functools.cache
+def _schema() -> list[tuple[str, bytes]]:
+    """What `_OBJECTS` finds in a new ledger."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        _make_tables(connection)
+        return connection.execute(_OBJECTS).fetchall()
 
 
 def _make_empty(path: Path) -> None:

@@ -159,15 +159,27 @@ def test_a_head_is_printed_and_found_again(say: Say, path: Path) -> None:
     assert "head noted before" in err
 
 
-def test_a_broken_ledger_and_none_are_one_line(say: Say, path: Path) -> None:
+def test_a_broken_ledger_is_one_line(say: Say, path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("UPDATE entry SET num_steps = 1 WHERE id = 4")
         other.commit()
-    for arguments in ([path], [path, "--verify"], [path.parent / "missing"], [path.parent]):
+    for arguments in ([path], [path, "--verify"]):
         code, out, err = say(*arguments)
         assert (code, out, err.count("\n")) == (3, "", 1)
     assert [*path.parent.iterdir()] == [path]
-    assert say(path, "--delta", "2")[0] == 2
+
+
+def test_what_is_no_ledger_is_a_wrong_argument(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("ward: 3.2 spent\n" * 100)
+    (tmp_path / "empty").touch()
+    wrong = {"missing": "there is no ledger", ".": "there is no ledger", "/dev/zero": "there is no ledger"}
+    wrong |= {"notes.txt": "is no ledger but not an SQLite file", "empty": "is no ledger but an empty file"}
+    for name, reason in wrong.items():
+        for more in ([], ["--verify"]):
+            code, out, err = say(tmp_path / name, *more)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert reason in err
+    assert say(tmp_path / "empty", "--delta", "2")[0] == 2
 
 
 def test_an_empty_ledger_says_so(say: Say, tmp_path: Path) -> None:

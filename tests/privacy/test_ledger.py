@@ -19,7 +19,15 @@ from typing import Any
 
 import pytest
 
-from fedlora.errors import BudgetRefused, LedgerBroken, LedgerUnavailable, PrivacyError, ProtocolError, RoundRepeated
+from fedlora.errors import (
+    BudgetRefused,
+    LedgerBroken,
+    LedgerUnavailable,
+    NoLedger,
+    PrivacyError,
+    ProtocolError,
+    RoundRepeated,
+)
 from fedlora.privacy import ledger_file
 from fedlora.privacy.accounting import Charge, epsilon, event
 from fedlora.privacy.ledger import Cap, DataSet, Ledger, Request
@@ -268,6 +276,11 @@ TAMPERED = {
     "two heads": "INSERT INTO head VALUES (0, 'x')",
     "a table dropped": "DROP TABLE head",
     "rows dropped": "DROP TABLE entry",
+    "a column added": "ALTER TABLE entry ADD COLUMN note TEXT",
+    "a column added to the head": "ALTER TABLE head ADD COLUMN note TEXT",
+    "a table added": "CREATE TABLE note (text TEXT)",
+    "a trigger": "CREATE TRIGGER late AFTER INSERT ON entry BEGIN UPDATE entry SET num_steps = 0; END",
+    "an index dropped": "DROP INDEX entry_by_round",
     "a later format": "PRAGMA user_version = 2",
     "no format": "PRAGMA user_version = 0",
 }
@@ -369,18 +382,22 @@ def test_what_is_no_ledger_is_refused_in_one_line_and_left_as_it_is(
 ) -> None:
     path = make(tmp_path)
     before = path.read_bytes() if path.is_file() else None
-    for reopen in (Ledger.open, Ledger.read):
-        with pytest.raises((LedgerUnavailable, LedgerBroken)) as refused:
-            reopen(path)
-        assert "\n" not in str(refused.value)
-        assert str(path) in str(refused.value)
+    with pytest.raises(LedgerBroken if make is later_format else NoLedger) as misread:
+        Ledger.read(path)
+    assert (path.read_bytes() if path.is_file() else None) == before
+    with pytest.raises((LedgerUnavailable, LedgerBroken)) as refused:
+        Ledger.open(path)
+    for said in (str(misread.value), str(refused.value)):
+        assert "\n" not in said
+        assert str(path) in said
     assert (path.read_bytes() if path.is_file() else None) == before or make is other_database
 
 
 def test_no_file_is_made_where_one_must_be(path: Path) -> None:
-    for reopen in (Ledger.read, lambda place: Ledger.open(place, create=False)):
-        with pytest.raises(LedgerUnavailable):
-            reopen(path)
+    with pytest.raises(NoLedger):
+        Ledger.read(path)
+    with pytest.raises(LedgerUnavailable):
+        Ledger.open(path, create=False)
     assert not path.exists()
 
 
