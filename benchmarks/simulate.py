@@ -145,7 +145,7 @@ class _Runner:
         plan = make_plan(
             config,
             num_examples=config.data.generated_records // clients,
-            num_rounds=config.federation.rounds,
+            num_steps={FINETUNE: config.federation.rounds * config.federation.local_steps},
             client=0,
         )
         return {

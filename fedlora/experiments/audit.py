@@ -20,7 +20,7 @@ from fedlora.experiments.audit_plot import plot_scores
 from fedlora.experiments.audit_training import audit_training, small_config
 from fedlora.experiments.run_folder import to_json
 from fedlora.experiments.simulate import resolve
-from fedlora.federation.schedule import make_schedule
+from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.sites import load_simulated_data
 from fedlora.federation.workbench import build_workbench
 from fedlora.privacy.audit.finding import ERROR, Evidence, Finding, judge
@@ -116,7 +116,7 @@ def _collect(
     releases: list[ReleasedNoise] = []
     if level in ("mechanism", "all"):
         size = len(data.parts[client])
-        plan = make_plan(config, num_examples=size, num_rounds=rounds[client], client=client)
+        plan = make_plan(config, num_examples=size, num_steps=planned_steps(schedule, client), client=client)
         progress.start("mechanism", mechanism_work(config, plan, trials))
         found += audit_mechanism(config, plan, trials=trials, secret=secret, advance=progress.advance)
     if level in ("training", "all"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedlora.config import RunConfig
-from fedlora.privacy.plan import EVALUATION, FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
 
 
@@ -26,21 +28,36 @@ def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
     The cohort of a round is drawn from the public seed, so it amplifies nothing: each client is charged for exactly the
     rounds it is scheduled in.
     """
-    everyone = tuple(range(config.federation.clients))
+    federation, everyone = config.federation, tuple(range(config.federation.clients))
     rounds: list[ScheduledRound] = []
+
+    def add(phase: str, clients: tuple[int, ...], num_steps: int, learning_rate: float = 0.0) -> None:
+        rounds.append(ScheduledRound(len(rounds), phase, clients, num_steps, learning_rate))
+
     if config.model.head == "prototype":
-        rounds.append(ScheduledRound(0, PROTOTYPE, everyone, 1))
-    for number in range(config.federation.rounds):
-        cohort = _cohort(config, everyone, number)
-        rate = _learning_rate(config, number)
-        rounds.append(ScheduledRound(len(rounds), FINETUNE, cohort, config.federation.local_steps, rate))
-    if config.federation.private_evaluation:
-        rounds.append(ScheduledRound(len(rounds), EVALUATION, everyone, 1))
+        add(PROTOTYPE, everyone, 1)
+    searched = config.warmup_rounds + config.search_rounds
+    for number in range(federation.rounds):
+        phase = WARMUP if number < config.warmup_rounds else BILEVEL if number < searched else FINETUNE
+        add(phase, _cohort(config, everyone, number), federation.local_steps, _learning_rate(config, number))
+        if config.adapter.select == "alignment" and number + 1 == searched:
+            add(ALIGNMENT, everyone, 1)
+    if federation.private_evaluation:
+        add(EVALUATION, everyone, 1)
     return tuple(rounds)
 
 
+def planned_steps(schedule: Iterable[ScheduledRound], client: int) -> dict[str, int]:
+    """Private steps of `client` by phase."""
+    steps: Counter[str] = Counter()
+    for entry in schedule:
+        if client in entry.clients:
+            steps[entry.phase] += entry.num_steps
+    return dict(steps)
+
+
 def _learning_rate(config: RunConfig, number: int) -> float:
-    """Of fine-tuning round `number`. Falling to zero averages the noise out of the last steps."""
+    """Of training round `number`. Falling to zero averages the noise out of the last steps."""
     rate = config.training.learning_rate
     return rate if config.training.schedule == "constant" else rate * (1 - number / config.federation.rounds)
 

@@ -14,12 +14,12 @@ from fedlora.data.glue import Records, load_records
 from fedlora.data.holdout import held_out
 from fedlora.data.partition import partition
 from fedlora.errors import PolicyRefused
-from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.schedule import ScheduledRound, planned_steps
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import DataSet
-from fedlora.privacy.plan import FINETUNE, make_plan
+from fedlora.privacy.plan import make_plan
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed, SecretRoot
 
@@ -111,9 +111,7 @@ def make_site(
         declared = None if rules.public_size == "exact" else rules.public_size
         policy.check_size(config.data.task, len(own))
     size = declared or len(own)
-    plan = make_plan(
-        config, num_examples=size, num_rounds=sum(entry.phase == FINETUNE for entry in mine), client=client
-    )
+    plan = make_plan(config, num_examples=size, num_steps=planned_steps(mine, client), client=client)
     if policy is not None:
         policy.check_plan(plan)
     return Site(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fedlora.config import RunConfig
-from fedlora.errors import BudgetRefused, DataError, UnsoundMechanism
+from fedlora.errors import BudgetRefused, DataError, PrivacyError, UnsoundMechanism
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.calibration import calibrate_noise_multiplier
 from fedlora.privacy.clipping import Clipping
@@ -26,6 +26,8 @@ from fedlora.privacy.projection import LowPass
 from fedlora.privacy.sampling import PoissonSampler
 
 PROTOTYPE, FINETUNE, EVALUATION = "prototype", "finetune", "evaluation"
+WARMUP, ALIGNMENT, BILEVEL = "warmup", "alignment", "bilevel"
+"""Phases of a search for the modules to adapt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,20 @@ class PhasePlan:
     num_steps: int
     projection: LowPass | None = None
     """Applied to every record's vector before clipping, and to what is released."""
+    beside: PhasePlan | None = None
+    """Runs in turn with this phase, step for step, on records that this one never touches.
+
+    Every record decides by itself which of the two sees it, so that each costs a record what it costs alone and both
+    cost the larger of the two (parallel composition; it holds for releases in turn as well, since the half without the
+    record is the same in both worlds). It must be no dearer than this phase, whose charge then stands for both.
+    """
+
+    def __post_init__(self) -> None:
+        if self.beside is not None and not _no_dearer(self.beside.charge(), self.charge()):
+            raise PrivacyError(
+                f"phase {self.beside.name} samples more, has less noise or more steps than {self.name}, which is to "
+                "pay for both"
+            )
 
     @property
     def sensitivity(self) -> float:
@@ -111,8 +127,19 @@ class PrivacyPlan:
         }
 
 
-def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: int) -> PrivacyPlan:
-    """The plan of a site with `num_examples` records that takes part in `num_rounds` fine-tuning rounds.
+def _no_dearer(one: Charge, other: Charge) -> bool:
+    """Whether Poisson-sampled Gaussians as in `one` cost at most what those in `other` do, term by term."""
+    return (
+        one.sampling_probability <= other.sampling_probability
+        and one.noise_multiplier >= other.noise_multiplier
+        and one.num_steps <= other.num_steps
+    )
+
+
+def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, int], client: int) -> PrivacyPlan:
+    """The plan of a site with `num_examples` records that does `num_steps` private steps in each phase.
+
+    Warm-up and fine-tuning share one noise multiplier, chosen so that all phases together meet ε.
 
     With ε = inf the same plan without noise: its ε is inf. So is that of a mechanism which protects nothing, with the
     noise that a sound one would need.
@@ -120,7 +147,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
     Raises:
         UnsoundMechanism: the mechanism protects nothing and privacy.allow_unsound is not set.
         DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
-        BudgetRefused: the phases beside fine-tuning alone exceed ε.
+        BudgetRefused: the phases beside warm-up and fine-tuning alone exceed ε.
     """
     privacy, batch = config.privacy, config.training.expected_batch_size
     if config.unsound and not privacy.allow_unsound:
@@ -139,28 +166,35 @@ def make_plan(config: RunConfig, *, num_examples: int, num_rounds: int, client: 
             f"training.expected_batch_size = {batch}, but client {client} has {num_examples} records; "
             f"set it to at most {num_examples}"
         )
-    before, after = _prototype_phases(config), evaluation_phases(config)
-    num_steps = num_rounds * config.federation.local_steps
     probability = batch / num_examples
+    before, after = _prototype_phases(config), evaluation_phases(config)
+    search = (*_alignment_phases(config), *_bilevel_phases(config, probability, num_steps.get(BILEVEL, 0), client))
+    trained = num_steps.get(WARMUP, 0) + num_steps.get(FINETUNE, 0)
     noise_multiplier = 0.0
-    if noisy and num_steps:
+    if noisy and trained:
         noise_multiplier = calibrate_noise_multiplier(
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_probability=probability,
-            num_steps=num_steps,
-            fixed=[phase.charge() for phase in (*before, *after)],
+            num_steps=trained,
+            fixed=[phase.charge() for phase in (*before, *search, *after)],
             accountant=privacy.accountant,
         )
-    finetune = PhasePlan(
-        name=FINETUNE,
-        sampler=PoissonSampler(probability),
-        clipping=Clipping(privacy.clipping, privacy.clip_norm),
-        mechanism=make_mechanism(privacy, noise_multiplier),
-        num_steps=num_steps,
-        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
+    warmup, finetune = (
+        PhasePlan(
+            name=name,
+            sampler=PoissonSampler(probability),
+            clipping=Clipping(privacy.clipping, privacy.clip_norm),
+            mechanism=make_mechanism(privacy, noise_multiplier),
+            num_steps=num_steps.get(name, 0),
+            projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
+        )
+        for name in (WARMUP, FINETUNE)
     )
-    plan = PrivacyPlan(phases=(*before, finetune, *after), delta=privacy.delta, accountant=privacy.accountant)
+    warmups = (warmup,) if config.warmup_rounds else ()
+    plan = PrivacyPlan(
+        phases=(*before, *warmups, *search, finetune, *after), delta=privacy.delta, accountant=privacy.accountant
+    )
     spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
     if spends > privacy.epsilon and not config.unsound:
         raise BudgetRefused(
@@ -177,6 +211,49 @@ def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     return (_one_release(config, PROTOTYPE, math.sqrt(2.0), config.privacy.prototype_noise_multiplier),)
 
 
+def _alignment_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
+    """The one release of the modules' scores: a record is a vector of one number per module, of L2 norm at most 1."""
+    if config.adapter.select != "alignment":
+        return ()
+    noise_multiplier = config.privacy.alignment_noise_multiplier
+    return (_one_release(config, ALIGNMENT, 1.0, noise_multiplier, kind="automatic"),)
+
+
+def _bilevel_phases(config: RunConfig, probability: float, num_steps: int, client: int) -> tuple[PhasePlan, ...]:
+    """Steps on weights and, beside them, on gates, each on its half of the records.
+
+    How many records a half has is private: both sample at twice the rate, which is public, so that a batch of either
+    has about the expected size.
+    """
+    if config.adapter.select != "bilevel":
+        return ()
+    if probability > 0.5:
+        raise DataError(
+            f"training.expected_batch_size = {config.training.expected_batch_size} is more than half the records of "
+            f"client {client}, but adapter.select = bilevel trains on halves; lower it"
+        )
+    privacy, sampler = config.privacy, PoissonSampler(2 * probability)
+    multiplier = privacy.bilevel_noise_multiplier if math.isfinite(privacy.epsilon) else 0.0
+    mechanism = make_mechanism(privacy, multiplier)
+    gates = PhasePlan(
+        name="gates",
+        sampler=sampler,
+        clipping=Clipping("automatic", 1.0),
+        mechanism=GaussianMechanism(mechanism.effective_noise_multiplier),
+        num_steps=num_steps,
+    )
+    weights = PhasePlan(
+        name=BILEVEL,
+        sampler=sampler,
+        clipping=Clipping(privacy.clipping, privacy.clip_norm),
+        mechanism=mechanism,
+        num_steps=num_steps,
+        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
+        beside=gates,
+    )
+    return (weights,)
+
+
 def evaluation_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     """The one release of held-out counts, where it is asked for: a record is 1 in one cell of a confusion matrix.
 
@@ -188,12 +265,18 @@ def evaluation_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     return (_one_release(config, EVALUATION, 1.0, config.privacy.evaluation_noise_multiplier),)
 
 
-def _one_release(config: RunConfig, name: str, sensitivity: float, noise_multiplier: float) -> PhasePlan:
+def _one_release(
+    config: RunConfig,
+    name: str,
+    sensitivity: float,
+    noise_multiplier: float,
+    kind: Literal["flat", "automatic"] = "flat",
+) -> PhasePlan:
     """A sum over records, none left out by chance, released once under plain Gaussian noise of a multiplier given."""
     return PhasePlan(
         name=name,
         sampler=PoissonSampler(1.0),
-        clipping=Clipping("flat", sensitivity),
+        clipping=Clipping(kind, sensitivity),
         mechanism=GaussianMechanism(noise_multiplier if math.isfinite(config.privacy.epsilon) else 0.0),
         num_steps=1,
     )

@@ -19,7 +19,7 @@ from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, 
 from fedlora.engine.training import TrainedRow, TrainingJob, train
 from fedlora.privacy.mechanisms.mechanism import make_mechanism
 from fedlora.privacy.noise import HostNoise
-from fedlora.privacy.plan import PhasePlan, make_plan
+from fedlora.privacy.plan import FINETUNE, PhasePlan, make_plan
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import SecretRoot
 
@@ -109,7 +109,7 @@ def test_a_filter_draws_nothing_and_changes_no_charge(
     assert streams[0].random() == streams[1].random()
     assert jobs[0].sampling.random() == others[0].sampling.random()
     plans = [
-        make_plan(tiny_config(f"training.noise_filter={which}"), num_examples=80, num_rounds=2, client=0)
+        make_plan(tiny_config(f"training.noise_filter={which}"), num_examples=80, num_steps={FINETUNE: 4}, client=0)
         for which in (name, "none")
     ]
     assert plans[0] == plans[1]

@@ -26,7 +26,7 @@ from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise, NoiseSource
-from fedlora.privacy.plan import PROTOTYPE, PhasePlan, make_plan
+from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PhasePlan, make_plan
 from fedlora.randomness import SecretRoot
 
 SIGMA, CLIP, BATCH, CLIENTS, STEPS = 1.7, 0.4, 4, 4, 12
@@ -244,7 +244,7 @@ def prototype_releases(bench: Workbench, dataset: Any, phase: PhasePlan, rounds:
 def test_the_prototype_release_has_noise_of_sigma_times_root_two(
     tiny_config: Any, silent_bench: Workbench, dataset: Any
 ) -> None:
-    plan = make_plan(tiny_config("model.head=prototype"), num_examples=80, num_rounds=1, client=0)
+    plan = make_plan(tiny_config("model.head=prototype"), num_examples=80, num_steps={FINETUNE: 2}, client=0)
     phase = plan[PROTOTYPE]
     noise = prototype_releases(silent_bench, dataset, phase, 300)
     assert has_std(noise, 20.0 * math.sqrt(2))

@@ -48,7 +48,7 @@ RECIPE = RunConfig.from_mapping(
 
 
 def plan_of(config: RunConfig = RECIPE) -> PrivacyPlan:
-    return make_plan(config, num_examples=128, num_rounds=1, client=0)
+    return make_plan(config, num_examples=128, num_steps={FINETUNE: 1 * config.federation.local_steps}, client=0)
 
 
 def audited(plan: PrivacyPlan, config: RunConfig = RECIPE, trials: int = 2500) -> dict[str, Finding]:

@@ -15,7 +15,7 @@ from dp_accounting.pld import PLDAccountant
 from scipy.stats import chi2
 
 from fedlora.config import RunConfig
-from fedlora.errors import BudgetRefused, PolicyRefused, ProtocolError, RunInterrupted
+from fedlora.errors import BudgetRefused, ConfigError, PolicyRefused, ProtocolError, RunInterrupted
 from fedlora.experiments.progress import print_result
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import resume, run_server, simulate
@@ -112,7 +112,7 @@ def test_the_plans_epsilon_has_the_evaluation_in_it(head: str) -> None:
         "federation.private_evaluation=true", "federation.rounds=5", f"model.head={head}", "privacy.epsilon=1",
         "privacy.evaluation_noise_multiplier=6",
     )  # fmt: skip
-    plan = make_plan(config, num_examples=2000, num_rounds=5, client=0)
+    plan = make_plan(config, num_examples=2000, num_steps={FINETUNE: 5 * config.federation.local_steps}, client=0)
     assert [phase.name for phase in plan.phases][-2:] == [FINETUNE, EVALUATION]
     assert plan[EVALUATION].charge() == Charge(1.0, 6.0, 1)
     assert plan[EVALUATION].sensitivity == 1.0
@@ -136,7 +136,7 @@ def golden(events: list[Any]) -> float:
 def test_an_evaluation_that_costs_more_than_everything_is_refused() -> None:
     config = RunConfig().with_overrides(*ON, "privacy.epsilon=1", "privacy.evaluation_noise_multiplier=1")
     with pytest.raises(BudgetRefused, match=r"privacy\.evaluation_noise_multiplier"):
-        make_plan(config, num_examples=2000, num_rounds=2, client=0)
+        make_plan(config, num_examples=2000, num_steps={FINETUNE: 2 * config.federation.local_steps}, client=0)
 
 
 def test_it_is_charged_before_a_record_is_looked_at(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +204,22 @@ def test_the_server_adds_up_the_noised_counts_whatever_the_transport(make_federa
     assert abs(found.accuracy - float(exact[[0, 3]].sum() / exact.sum())) < 5 * found.standard_error
     assert [report.private_evaluation for report in reports[:-1]] == [None] * (len(reports) - 1)
     assert reports[-2].metric is not None, "public metrics come after the last round of fine-tuning"
+
+
+def test_the_error_is_made_of_the_noise_that_is_added_where_the_grid_widens_it(make_federation: Any) -> None:
+    """A confident accuracy out of noise alone was the result of σ·C, which is less than what a coarse grid needs."""
+    loud = "privacy.evaluation_noise_multiplier=1e6"
+    _, reports = run(make_federation(*ON, *CHEAP, loud))
+    found = reports[-1].private_evaluation
+    assert found.noise_std == pytest.approx(1e6 * 3**0.5 * 1.0625)
+    assert found.note.startswith("not measurable: noise")
+
+
+@pytest.mark.parametrize("key", ["evaluation_noise_multiplier", "prototype_noise_multiplier"])
+def test_noise_that_nothing_shows_through_is_refused(key: str) -> None:
+    for value in ("1000001", "1e9", "1e300"):
+        with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*, wanted > 0 and <= 1000000"):
+            RunConfig().with_overrides(f"privacy.{key}={value}")
 
 
 def test_the_adapter_is_that_of_the_last_fine_tuning_round(make_federation: Any) -> None:

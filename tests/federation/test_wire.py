@@ -20,7 +20,7 @@ from fedlora.errors import ProtocolError
 from fedlora.federation import wire
 from fedlora.federation.memory import recall, remember
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
-from fedlora.federation.schedule import make_schedule
+from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.site import Site
 from fedlora.privacy.ledger import DataSet
 from fedlora.privacy.plan import make_plan
@@ -32,7 +32,7 @@ HEAD = (torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0.25, -0.25]))
 
 def make_site(config: RunConfig = CONFIG, client: int = 1) -> Site:
     schedule = make_schedule(config)
-    plan = make_plan(config, num_examples=2000, num_rounds=config.federation.rounds, client=client)
+    plan = make_plan(config, num_examples=2000, num_steps=planned_steps(schedule, client), client=client)
     return Site(
         client=client,
         records=np.arange(2000),

@@ -31,7 +31,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def plan_of(*overrides: str, num_examples: int = N, num_rounds: int = ROUNDS) -> PrivacyPlan:
-    return make_plan(config(*overrides), num_examples=num_examples, num_rounds=num_rounds, client=3)
+    return make_plan(config(*overrides), num_examples=num_examples, num_steps={FINETUNE: 4 * num_rounds}, client=3)
 
 
 # ------------------------------------------------------------------------------------------------- meeting the target
