@@ -147,8 +147,10 @@ class PrivacyConfig(Section, section="privacy"):
         at_most=1,
     )
     accountant: Literal["pld", "rdp"] = setting("pld", "pld is tight; rdp is a fast upper bound")
-    prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0)
-    evaluation_noise_multiplier: float = setting(10.0, "noise of the one release of evaluation counts", above=0)
+    prototype_noise_multiplier: float = setting(20.0, "noise of the one prototype release", above=0, at_most=1e6)
+    evaluation_noise_multiplier: float = setting(
+        10.0, "noise of the one release of evaluation counts", above=0, at_most=1e6
+    )
     alignment_noise_multiplier: float = setting(20.0, "noise of the one release of module scores", above=0)
     bilevel_noise_multiplier: float = setting(4.0, "noise of each search step of select = bilevel", above=0)
     allow_unsound: bool = setting(False, "run gredp_noise = real, which protects nothing; its ε is given as ∞")

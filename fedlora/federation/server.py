@@ -20,6 +20,7 @@ from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, Roun
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy.mechanisms.granular import released_std
 from fedlora.privacy.plan import EVALUATION, FINETUNE, PROTOTYPE, evaluation_phases
 
 logger = logging.getLogger(__name__)
@@ -209,9 +210,12 @@ def evaluated(workbench: Workbench, updates: Sequence[ClientUpdate]) -> PrivateE
     layout = workbench.payload_layout(EVALUATION)
     (phase,) = evaluation_phases(workbench.config)
     total = exact_sum(updates) if updates else torch.zeros(layout.size, dtype=torch.float64)
+    of_one = released_std(
+        noise_multiplier=phase.mechanism.noise_multiplier, sensitivity=phase.sensitivity, size=layout.size
+    )
     return estimate_accuracy(
         layout.view(total, layout.slots[0]),
-        noise_std=phase.mechanism.noise_multiplier * phase.sensitivity * math.sqrt(len(updates)),
+        noise_std=of_one * math.sqrt(len(updates)),
         clients=len(updates),
     )
 

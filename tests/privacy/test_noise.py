@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2, chi2_contingency
 from torch import Tensor
 
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.privacy.mechanisms.granular import grid_of, release_on_grid
+from fedlora.privacy.mechanisms.granular import grid_of, release_on_grid, released_std
 from fedlora.privacy.noise import DeviceNoise, HostNoise, make_noise_source
 from fedlora.randomness import SecretRoot
 
@@ -170,3 +170,22 @@ def test_noise_that_does_not_fit_the_sum_is_refused() -> None:
     for noise in (torch.zeros(1, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), torch.zeros(4)):
         with pytest.raises(PrivacyError, match="wanted one float64 number for each"):
             release_on_grid(total, noise, noise_multiplier=1.0, sensitivity=1.0)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 1e6, 1e8])
+def test_the_stated_deviation_is_that_of_what_is_released(noise_multiplier: float) -> None:
+    """Chi-square, false alarms 1e-6 each; σ·C itself, 6 % below at 10⁶, is rejected where the grid is that coarse."""
+    source = HostNoise(stream("noise"))
+    settings = {"noise_multiplier": noise_multiplier, "sensitivity": 2.0}
+    silent = torch.zeros(4, dtype=torch.float64)
+    released = torch.cat(
+        [release_on_grid(silent, source.standard_normal(4, CPU), **settings).double() for _ in range(10_000)]
+    )
+    low, high = chi2.ppf(5e-7, len(released)), chi2.isf(5e-7, len(released))
+    std = released_std(size=4, **settings)
+    for stated, fits in ((std, True), (0.95 * std, False), (2.0 * noise_multiplier, noise_multiplier < 1)):
+        assert (low < float((released / stated).square().sum()) < high) == fits
+
+
+def test_without_noise_the_stated_deviation_is_none() -> None:
+    assert released_std(noise_multiplier=0.0, sensitivity=1.0, size=4) == 0.0

@@ -29,6 +29,18 @@ def grid_of(std: float) -> float:
     return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
 
 
+def released_std(*, noise_multiplier: float, sensitivity: float, size: int) -> float:
+    """Standard deviation of the noise that `release_on_grid` adds to each of `size` numbers; 0 without noise.
+
+    It is above noise_multiplier · sensitivity, as the grid widens the sensitivity: by a share of at most
+    noise_multiplier · √size / 2^24, which is nothing for common multipliers and a multiple of it for huge ones.
+    """
+    if noise_multiplier == 0:
+        return 0.0
+    grid = grid_of(noise_multiplier * sensitivity)
+    return noise_multiplier * (sensitivity + grid * math.sqrt(size))
+
+
 def release_on_grid(total: Tensor, unit_noise: Tensor, *, noise_multiplier: float, sensitivity: float) -> Tensor:
     """`total` + noise_multiplier · sensitivity · `unit_noise` on the grid, [P] float32.
 
@@ -55,6 +67,6 @@ def release_on_grid(total: Tensor, unit_noise: Tensor, *, noise_multiplier: floa
             "wanted one float64 number for each, check that slot_sizes add up"
         )
     grid = grid_of(noise_multiplier * sensitivity)
-    std = noise_multiplier * (sensitivity + grid * math.sqrt(total.numel()))
+    std = released_std(noise_multiplier=noise_multiplier, sensitivity=sensitivity, size=total.numel())
     steps = (total.double() / grid).round_() + (unit_noise * std / grid).round_()
     return (steps * grid).float()
