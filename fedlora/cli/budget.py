@@ -27,11 +27,14 @@ def budget(
     """What has each data set spent, what is left, and which runs spent it? Reads the ledger and never changes it."""
     from rich.console import Console
 
+    from fedlora.errors import ConfigError
     from fedlora.experiments.budget import read_budget, verify_ledger
     from fedlora.privacy.accounting import check_delta
     from fedlora.privacy.policy import SitePolicy
 
     check_delta(delta)
+    if verify and policy:
+        raise ConfigError("--verify looks at rows and not at caps, so --policy has no say in it; leave one of them out")
     if verify:
         digest, rows = verify_ledger(ledger, known_head=head)
         typer.echo(json.dumps({"head": digest, "rows": rows}) if as_json else f"{rows} rows intact\nhead {digest}")
@@ -77,6 +80,7 @@ def _print(found: Budget) -> None:
 
 
 def _print_data_set(console: Console, one: DataSetBudget) -> None:
+    from rich import box
     from rich.table import Table
 
     source = f"δ from the {one.cap_from}" if one.cap_epsilon is None else f"cap and δ from the {one.cap_from}"
@@ -90,13 +94,14 @@ def _print_data_set(console: Console, one: DataSetBudget) -> None:
     )
     console.print(total)
     console.print(f"{source}; fingerprints {', '.join(one.fingerprints)}")
-    runs = Table()
-    for name in ("run", "purpose", "state"):
-        runs.add_column(name)
+    runs = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    runs.add_column("run", overflow="fold")  # never cut: what tells two runs apart is at the end of their ids
+    for name in ("purpose", "state"):
+        runs.add_column(name, no_wrap=True)
     for name in ("rounds", "steps", "σ", "q", "ε alone"):
-        runs.add_column(name, justify="right")
+        runs.add_column(name, justify="right", no_wrap=True)
     for run in one.runs:
-        states = ", ".join(f"{count} {kind}" for kind, count in run.states.items())
+        states = "\n".join(f"{count} {kind}" for kind, count in run.states.items())
         numbers = f"{run.noise_multiplier:.4g}", f"{run.sampling_probability:.4g}", _shown(run.epsilon)
         runs.add_row(run.run, run.purpose, states, str(run.num_rounds), str(run.num_steps), *numbers)
     console.print(runs)

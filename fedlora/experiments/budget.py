@@ -6,11 +6,12 @@ No torch: a privacy officer reads a ledger anywhere. Every ε here is an upper b
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.ledger import Cap, Ledger
 from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
@@ -95,6 +96,7 @@ def read_budget(path: Path, *, policy: SitePolicy | None = None, delta: float, k
         known_head: digest noted earlier that must be in the chain.
 
     Raises:
+        ConfigError: the policy names no data set that was charged here: it is another site's.
         NoLedger: there is no ledger at `path`.
         LedgerUnavailable, LedgerBroken: it cannot be opened, or is not as it was written.
     """
@@ -106,8 +108,23 @@ def read_budget(path: Path, *, policy: SitePolicy | None = None, delta: float, k
         if entry.reservation is not None and state[entry.reservation] != SPENT:  # once it may have left, it stays so
             state[entry.reservation] = entry.kind
     related = _related([entry for entry in entries if entry.kind == RESERVED])
+    if policy is not None:
+        _check_named(policy, {entry.data_set for entry in entries if entry.data_set})
     data_sets = tuple(_data_set(rounds, state, policy, delta) for rounds in related)
     return Budget(head=head, num_rows=len(entries), data_sets=data_sets)
+
+
+def _check_named(policy: SitePolicy, charged: Set[str]) -> None:
+    if charged and not any(_is_of(name, known) for name in policy.data for known in charged):
+        raise ConfigError(
+            f"the policy {policy.path} names {', '.join(policy.data)}, but what was charged to this ledger is "
+            f"{', '.join(sorted(charged))}: give the policy of the ledger's own site, or no --policy"
+        )
+
+
+def _is_of(name: str, charged: str) -> bool:
+    """Whether `charged` is the policy's data set `name`; simulated parts of it are `name/client`."""
+    return charged == name or charged.startswith(f"{name}/")
 
 
 def _related(rounds: Sequence[Entry]) -> list[list[Entry]]:
@@ -151,9 +168,9 @@ def _data_set(
 
 
 def _cap(rounds: Sequence[Entry], names: Sequence[str], policy: SitePolicy | None) -> tuple[Cap | None, str]:
-    """The policy's cap where it names the data set (simulated parts of it are `name/client`), else the last one."""
+    """The policy's cap where it names the data set, else the last one."""
     for name, rules in (policy.data if policy else {}).items():
-        if any(known == name or known.startswith(f"{name}/") for known in names):
+        if any(_is_of(name, known) for known in names):
             return Cap(epsilon=rules.max_epsilon, delta=rules.max_delta), "policy"
     last = rounds[-1]
     if last.cap_epsilon is None or last.cap_delta is None:

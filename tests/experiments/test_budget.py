@@ -118,12 +118,37 @@ def test_units_are_kept_apart(path: Path) -> None:
 def test_a_person_sees_it(say: Say, path: Path) -> None:
     code, out, err = say(path)
     assert (code, err) == (0, "")
-    for part in ("ward, new: one record, add/remove, PLD", "r[1]", "1 spent, 1 reserved, 1 abandoned", "∞", "cccccccc"):
+    for part in (
+        "ward, new: one record, add/remove, PLD",
+        "r[1]",
+        "1 spent ",
+        "1 reserved",
+        "1 abandoned",
+        "∞",
+        "cccccccc",
+    ):
         assert part in out
     assert "a" * 9 not in out, "a fingerprint is never shown in full"
     assert "must not leave the site" in out
     assert "cap and δ from the last charge" in out
     assert "δ from the command line" in out
+
+
+def test_runs_of_one_config_can_be_told_apart_on_a_narrow_terminal(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ids = [f"{'c' * 16}-{digit * 15}{end}" for digit in "ab" for end in "12"]
+    with closing(Ledger.open(tmp_path / "ledger")) as ledger:
+        for run in ids:
+            facts: dict[str, Any] = {"charge": CHARGE, "round_index": 0, "purpose": "evaluation"}
+            ledger.reserve([Request(data_set=WARD, run=run, **facts)])
+    _, out, _ = say(tmp_path / "ledger")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert "…" not in out
+    assert "ε alone" in out
+    folded = "".join(line.split(" ")[0] for line in out.splitlines())
+    assert all(run in folded for run in ids)
 
 
 def test_a_program_reads_it(say: Say, path: Path) -> None:
@@ -141,6 +166,26 @@ def test_reading_changes_nothing(say: Say, path: Path) -> None:
         assert say(path, *arguments)[0] == 0
     assert path.read_bytes() == before
     assert [*path.parent.iterdir()] == [path]
+
+
+def test_another_sites_policy_is_not_passed_over(say: Say, path: Path) -> None:
+    text = '[data.{}]\ntask = "sst2"\nsource = "/srv"\nmax_epsilon = 2.5\nmax_delta = 1e-7\n'
+    own, other = path.parent / "own.toml", path.parent / "other.toml"
+    own.write_text(text.format("ward"))
+    other.write_text(text.format("war"))
+    assert "cap and δ from the policy" in say(path, "--policy", own)[1]
+    code, out, err = say(path, "--policy", other)
+    assert (code, out) == (2, "")
+    assert "names war, but what was charged to this ledger is new, ward" in err
+    Ledger.open(path.parent / "empty").close()
+    assert say(path.parent / "empty", "--policy", other)[0] == 0
+
+
+def test_a_policy_has_no_say_in_what_is_verified(say: Say, path: Path) -> None:
+    code, out, err = say(path, "--verify", "--policy", path.parent / "nope.toml")
+    assert (code, out) == (2, "")
+    assert "leave one of them out" in err
+    assert say(path, "--policy", path.parent / "nope.toml")[0] == 3
 
 
 def test_a_ledger_in_use_can_be_read(say: Say, path: Path) -> None:
