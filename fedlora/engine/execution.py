@@ -52,7 +52,7 @@ def choose_execution(config: RunConfig) -> Execution:
     Raises:
         ConfigError: the asked device does not exist here, or cannot draw the noise it is to draw.
     """
-    device = _device(config.run.device)
+    device = find_device(config.run.device)
     if config.engine.noise == "device":
         require_accelerator(device)  # now, and not when the first round is charged already
     dtypes = list(DTYPES) if config.model.dtype == "auto" else [config.model.dtype]
@@ -65,7 +65,12 @@ def choose_execution(config: RunConfig) -> Execution:
     return Execution(device=device, dtype=DTYPES[dtype], attention=attention, token_budget=budget)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; of "auto", the accelerator where there is one.
+
+    Raises:
+        ConfigError: there is none of that name here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

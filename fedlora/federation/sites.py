@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -13,14 +14,15 @@ from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
 from fedlora.data.holdout import held_out
 from fedlora.data.partition import partition
-from fedlora.errors import PolicyRefused
+from fedlora.engine.execution import find_device
+from fedlora.errors import ConfigError, DataError, PolicyRefused
 from fedlora.federation.schedule import ScheduledRound, planned_steps
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import DataSet
 from fedlora.privacy.plan import make_plan
-from fedlora.privacy.policy import SitePolicy
+from fedlora.privacy.policy import NO_FOLDER, SitePolicy
 from fedlora.randomness import PublicSeed, SecretRoot
 
 
@@ -60,12 +62,31 @@ def localised(config: RunConfig, policy: SitePolicy | None) -> RunConfig:
 
     Raises:
         PolicyRefused: the configuration, or the model's weights, are not what the policy allows.
+        DataError, ConfigError: there is no such folder or device as the policy names.
     """
     if policy is None:
         return config
     policy.check_config(config)
     policy.check_model(config.model.name, locate_model(config.model.name).digest)
-    return policy.localised(config)
+    own = policy.localised(config)
+    _check_own_settings(own, policy)
+    return own
+
+
+def _check_own_settings(config: RunConfig, policy: SitePolicy) -> None:
+    """Later the run's keys would be blamed for what the policy put into them."""
+    name, data = policy.data_set(config.data.task)
+    if data.source not in NO_FOLDER and not Path(config.data.source).is_dir():
+        raise DataError(
+            f"data.{name}.source = {data.source} in the policy {policy.path}: {config.data.source} is no folder; "
+            "put the records there, or correct the policy"
+        )
+    try:
+        find_device(config.run.device)
+    except ConfigError as error:
+        raise ConfigError(
+            f"site.device = {policy.site.device} in the policy {policy.path} is not available here; use auto or cpu"
+        ) from error
 
 
 def make_sites(
@@ -111,7 +132,12 @@ def make_site(
         declared = None if rules.public_size == "exact" else rules.public_size
         policy.check_size(config.data.task, len(own))
     size = declared or len(own)
-    plan = make_plan(config, num_examples=size, num_steps=planned_steps(mine, client), client=client)
+    try:
+        plan = make_plan(config, num_examples=size, num_steps=planned_steps(mine, client), client=client)
+    except DataError as error:
+        if policy is None or declared is None:
+            raise
+        raise DataError(f"{error}. The policy {policy.path} sets this number: public_size = {declared}") from error
     if policy is not None:
         policy.check_plan(plan)
     return Site(

@@ -213,8 +213,8 @@ class Ledger:
         raise BudgetRefused(
             f"the data set's budget does not suffice: charged so far ε = {spent:.4f}, {what} alone "
             f"ε = {alone:.4f}, together ε = {total:.4f}, above the cap of {cap.epsilon:g} "
-            f"(all at δ = {cap.delta:g}); nothing was computed. Ask for fewer steps or more noise, or let the data's "
-            "owner raise the cap"
+            f"(all at δ = {cap.delta:g}); nothing was computed. Lower privacy.epsilon, ask for fewer steps or more "
+            "noise, or let the data's owner raise the cap"
         )
 
     def _charged(self, data_set: DataSet) -> list[Charge]:

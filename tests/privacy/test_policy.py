@@ -242,6 +242,25 @@ def test_the_site_decides_where_its_records_lie_and_what_it_computes_on(hospital
     assert policy.localised(config) == config
 
 
+@pytest.mark.parametrize(
+    ("change", "blamed"),
+    [
+        (("[limits]", 'device = "cuda:77"\n[limits]'), "site.device = cuda:77 in the policy {}"),
+        (('source = "records"', 'source = "record"'), "data.ward.source = record in the policy {}"),
+        (("max_epsilon", "public_size = 15\nmax_epsilon"), "The policy {} sets this number: public_size = 15"),
+    ],
+)
+def test_what_the_policy_sets_wrong_is_not_blamed_on_the_run(
+    hospital: Hospital, change: tuple[str, str], blamed: str
+) -> None:
+    hospital.write_policy(change)
+    message = refused(hospital.ask(), code=2)
+    assert blamed.format(hospital.policy) in message
+    assert "run.device" not in message
+    assert "data.source" not in message
+    assert (hospital.runs, hospital.charged()) == ([], 0)
+
+
 # ------------------------------------------------------------------------------------------------------ broken policies
 
 BROKEN: dict[str, tuple[tuple[str, str], str]] = {
@@ -379,6 +398,7 @@ def test_runs_add_up_and_the_one_that_would_pass_the_cap_is_refused_with_the_sum
     assert spent == pytest.approx(6.0, rel=0.02)
     assert alone == pytest.approx(6.0, rel=0.02)
     assert together == pytest.approx(7.53, abs=0.02), "composed, not added"
+    assert "Lower privacy.epsilon" in said.err
     assert hospital.charged() == before
     assert not (hospital.folder / "run2").exists()
 
