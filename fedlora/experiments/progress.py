@@ -123,9 +123,11 @@ def shown_evaluation(found: Mapping[str, Any]) -> str:
     """What a record says of the private evaluation; the error is one standard error, noise and chance together."""
     if found["accuracy"] is None:
         return str(found["note"])
+    inside = 0 <= found["accuracy"] <= 1
     return (
         f"{found['accuracy']:.4f} ± {found['standard_error']:.4f} on held-out records of {found['clients']} clients, "
         f"from counts with noise of standard deviation {found['noise_std']:.4g}"
+        f"{'' if inside else '; the noise put it outside 0 to 1, and it is shown as it came'}"
     )
 
 

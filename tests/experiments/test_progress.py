@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
-from fedlora.experiments.progress import TerminalProgress, print_result, shown_bytes, shown_epsilon
+from fedlora.experiments.progress import TerminalProgress, print_result, shown_bytes, shown_epsilon, shown_evaluation
 from fedlora.federation.server import RoundReport
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -166,6 +166,13 @@ def test_no_guarantee_is_called_that(result: Callable[..., str], changes: dict[s
 
 def test_epsilon_is_never_shown_smaller_than_it_is() -> None:
     assert [shown_epsilon(value) for value in (2.00001, 0.0848502, 6.0, math.inf)] == ["2.001", "0.08486", "6", "∞"]
+
+
+@pytest.mark.parametrize(("accuracy", "outside"), [(-0.0421, True), (0.0, False), (1.0, False), (1.0133, True)])
+def test_an_accuracy_that_noise_put_outside_is_shown_as_it_came_and_said_to_be(accuracy: float, outside: bool) -> None:
+    shown = shown_evaluation({"accuracy": accuracy, "standard_error": 0.07, "clients": 3, "noise_std": 17.3})
+    assert shown.startswith(f"{accuracy:.4f} ± 0.0700 on held-out records of 3 clients, ")
+    assert ("the noise put it outside 0 to 1" in shown) is outside
 
 
 def test_bytes_have_units() -> None:
