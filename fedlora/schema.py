@@ -25,11 +25,14 @@ LARGEST_FILE = 2**20
 """Bytes of a settings file, at most: what is larger is something else."""
 
 
-def read_settings(path: Path, kind: str) -> bytes:
-    """The content of a settings file. Neither waits for a pipe nor reads a device without end.
+def read_settings(path: Path, kind: str, wanted: str = "a TOML file") -> bytes:
+    """The content of a settings file, or of another small file that a run names.
+
+    Neither waits for a pipe nor reads a device without end.
 
     Args:
         kind: what the file is to the reader of a message, such as "recipe".
+        wanted: what the file should be, for a message.
 
     Raises:
         ConfigError: there is no regular file at `path`, it is too large or cannot be read.
@@ -45,7 +48,7 @@ def read_settings(path: Path, kind: str) -> bytes:
             reason = "it is a folder, a device or a pipe"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-    raise ConfigError(f"cannot read {kind} {path}: {reason}; give the path of a TOML file")
+    raise ConfigError(f"cannot read {kind} {path}: {reason}; give the path of {wanted}")
 
 
 def parse_settings(content: bytes, place: str) -> dict[str, Any]:
