@@ -20,7 +20,7 @@ from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.egress import FACTS, PHASE_FACTS, Fact
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT
+from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
 from fedlora.privacy.plan import FINETUNE
 from fedlora.privacy.units import Guarantee
 
@@ -73,24 +73,39 @@ def oversight_facts(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *
 
 
 def _ledger(ledger: Ledger, run_id: str, sites: Sequence[Site]) -> list[Facts]:
-    """Per site of a simulation: rounds released, charged without a release, charged and done anew; ε of everything."""
-    entries = ledger.entries()
-    ended: dict[int | None, set[str]] = {}
-    for entry in entries:
-        ended.setdefault(entry.reservation, set()).add(entry.kind)
-    found = []
+    """Per site of a simulation: rounds that may have been released, others by how they ended; ε of everything."""
+    entries, found = ledger.entries(), []
+    ended = _ended(entries)
     for site in sites:
         states: Counter[str] = Counter()
-        for entry in entries:
-            own = entry.fingerprint == site.data_set.fingerprint and entry.run == run_id
-            if entry.kind == RESERVED and own:
-                kinds = ended.get(entry.id, set())
-                states[ABANDONED if ABANDONED in kinds else SPENT if SPENT in kinds else RESERVED] += 1
+        for entry in _charged(entries, run_id, site):
+            kinds = ended.get(entry.id, set())  # what may have left stays so, though the round was done anew
+            states[SPENT if SPENT in kinds else ABANDONED if ABANDONED in kinds else RESERVED] += 1
         charges = tuple(ledger.charges(site.data_set))
         spent = _priced(charges, site.plan.delta, site.plan.accountant)
         counts = {state: states[state] for state in (SPENT, RESERVED, ABANDONED)}
         found.append({"client": site.client, **counts, "epsilon": spent})
     return found
+
+
+def _charged(entries: Sequence[Entry], run_id: str, site: Site) -> list[Entry]:
+    """What one run was charged for a site's records."""
+    owner = site.data_set
+    return [
+        entry
+        for entry in entries
+        if entry.kind == RESERVED
+        and (entry.run, entry.data_set, entry.fingerprint) == (run_id, owner.name, owner.fingerprint)
+    ]
+
+
+def _ended(entries: Sequence[Entry]) -> dict[int, set[str]]:
+    """Kinds of the rows that end a reservation, by its number."""
+    ended: dict[int, set[str]] = {}
+    for entry in entries:
+        if entry.reservation is not None:
+            ended.setdefault(entry.reservation, set()).add(entry.kind)
+    return ended
 
 
 def _site(facts: Mapping[str, Any], schedule: Sequence[ScheduledRound], answered: Mapping[int, set[int]]) -> Facts:

@@ -127,7 +127,7 @@ def _ledger(record: Record) -> str:
         )
         for site in ledger
     ]
-    heads = ("rounds released", "charged, never released", "abandoned and done anew", "ε of all that is charged")
+    heads = ("rounds released", "charged, never released", "abandoned, never released", "ε of all that is charged")
     return f"{words.LEDGER_HERE}\n\n{_by_sites(heads, rows)}"
 
 

@@ -48,8 +48,9 @@ Of site {sites} no update ever arrived. Nobody but the site knows what it releas
 run is written down for it; its own ledger has what it was charged."""
 
 LEDGER_HERE = """\
-Every round was charged here before it was computed. "Charged, never released" and "abandoned" rounds are counted like
-released ones, so that a crash wastes budget and hides none; ε of the ledger can therefore be above that of the run."""
+Every round was charged here before it was computed. "Released" are rounds whose update may have left, though they were
+done anew later. The others are counted like them, so that a crash wastes budget and hides none; ε of the ledger can
+therefore be above that of the run."""
 
 LEDGER_ELSEWHERE = """\
 The ledger belongs to the site and stays with it: it adds up all runs on its data and is not in this report. The site

@@ -1,8 +1,9 @@
 """What a data set has spent, on the disk of its owner: charged before release, added up over all runs, never forgotten.
 
 One SQLite file per site. Its only table of records is an append-only log: a row for a reserved charge, and later a row
-saying that it was `spent` (the update left) or `abandoned` (it never will). All three kinds count alike: a crash wastes
-budget and hides none. Every row carries the SHA-256 of the row before it, so a removed or altered one shows.
+saying that it was `spent` (the update may have left) or `abandoned` (its process died, and the round is done anew). All
+three kinds count alike: a crash wastes budget and hides none. No row takes another back: what was spent stays so,
+abandoned or not. Every row carries the SHA-256 of the row before it, so a removed or altered one shows.
 
 A budget belongs to records, not to runs. Rows belong together if they share the data set's fingerprint or the name the
 site gave it, directly or through other rows: neither a new run, nor a changed record, nor a new name starts afresh.
@@ -149,7 +150,11 @@ class Ledger:
                 self._file.append(SPENT, {"reservation": reservation})
 
     def abandon(self, run: str, *, from_round: int) -> None:
-        """Let rounds of a simulation be done anew whose updates died with their process. They stay counted."""
+        """Let rounds of a simulation be done anew that its checkpoint does not know. They stay counted.
+
+        Most died with their process. One that is spent may have left: the process may have lived on in a copy of the
+        run's folder. Its row says so still, and doing it anew is one more release, charged like the first.
+        """
         with self._file.transaction():
             unfinished = self._file.query(
                 "SELECT id FROM entry AS charge WHERE kind = 'reserved' AND run = ? AND round >= ? AND NOT EXISTS "
@@ -160,6 +165,11 @@ class Ledger:
                 self._file.append(ABANDONED, {"reservation": reservation})
 
     # Reading -----------------------------------------------------------------------------------------------------
+
+    def rounds(self, run: str) -> set[int]:
+        """Rounds of `run` that anything was ever charged for."""
+        with self._file.transaction():
+            return {index for (index,) in self._file.query("SELECT DISTINCT round FROM entry WHERE run = ?", (run,))}
 
     def charges(self, data_set: DataSet) -> list[Charge]:
         """Everything ever charged to the data set, in equal blocks."""

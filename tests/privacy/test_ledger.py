@@ -159,6 +159,18 @@ def test_what_is_abandoned_stays_counted_and_can_be_done_anew(ledger: Ledger) ->
     assert [entry.kind for entry in ledger.entries()].count(ABANDONED) == 3, "each once"
 
 
+def test_nothing_that_is_spent_is_taken_back(ledger: Ledger) -> None:
+    """A copy of a run's folder is resumed again: its rounds had left already."""
+    first = ledger.reserve([request(0)])
+    ledger.settle(first)
+    ledger.abandon("run", from_round=0)
+    ledger.settle(ledger.reserve([request(0)]))
+    ended = [(entry.reservation, entry.kind) for entry in ledger.entries() if entry.reservation]
+    assert ended == [(1, "spent"), (1, ABANDONED), (4, "spent")]
+    assert steps(ledger.charges(WARD)) == 20
+    assert (ledger.rounds("run"), ledger.rounds("other")) == ({0}, set())
+
+
 def test_only_an_open_reservation_is_settled(ledger: Ledger) -> None:
     settled, abandoned, open_one = (ledger.reserve([request(number)])[0] for number in (0, 2, 1))
     ledger.settle([settled])
