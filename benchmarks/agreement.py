@@ -35,7 +35,7 @@ def _median_norm() -> float:
     """A bound that clips half of the records."""
     base = Base.load(Execution("float32", "sdpa"))
     batch, labels = padded_batch(16, 16)
-    backend = ExpandedBackend(base.classifier, base.layout, base.factors)
+    backend = ExpandedBackend(base.classifier, base.layout, base.factors, base.places)
     gradients = backend.gradients(base.theta[None], batch, labels, labels * 0)
     return float(torch.cat(gradients, dim=1).norm(dim=1).median())
 

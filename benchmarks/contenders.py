@@ -59,6 +59,7 @@ class Base:
     classifier: Classifier
     layout: AdapterLayout
     factors: dict[str, Tensor]
+    places: ffa.Places
 
     @classmethod
     def load(cls, execution: Execution) -> Base:
@@ -72,11 +73,9 @@ class Base:
             attention=execution.attention,
         )
         modules = classifier.target_modules(config.adapter.targets)
-        layout = ffa.build_layout(modules, {}, rank=config.adapter.rank, alpha=config.adapter.alpha)
-        factors = {
-            name: ffa.frozen_factor(seed, name, layout.rank, module.in_features) for name, module in modules.items()
-        }
-        return cls(classifier, layout, factors)
+        places = {path: (path,) for path in modules}
+        layout = ffa.build_layout(modules, {}, places=places, rank=config.adapter.rank, alpha=config.adapter.alpha)
+        return cls(classifier, layout, ffa.frozen_factors(seed, modules, places, layout.rank), places)
 
     @cached_property
     def theta(self) -> Tensor:
@@ -100,7 +99,7 @@ class Fedlora:
     """Our engine, step by step as `engine.training` does it for one client, over a batch that is given."""
 
     def __init__(self, base: Base, settings: Settings) -> None:
-        self.backend = ExpandedBackend(base.classifier, base.layout, base.factors)
+        self.backend = ExpandedBackend(base.classifier, base.layout, base.factors, base.places)
         self.rows = base.theta.repeat(1, 1)
         self.parameter = nn.Parameter(self.rows[0])
         self.optimizer = torch.optim.SGD([self.parameter], lr=settings.learning_rate)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods.ffa import frozen_factor
+from fedlora.adapters.methods.ffa import Places, check_places, frozen_factor
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ConfigError, ModelError, RunFolderError
@@ -56,6 +56,7 @@ def export_adapter(
     model: ModelConfig,
     seed: PublicSeed,
     layout: AdapterLayout,
+    places: Places,
     theta: Tensor,
     num_labels: int,
     labels: Sequence[str] = (),
@@ -69,6 +70,8 @@ def export_adapter(
         model: the run's model section; its name is written down as the adapter's base.
         seed: the run's public seed, which A and a random head come from.
         layout: what the numbers of `theta` mean.
+        places: paths of the modules that each slot's base name adapts. PEFT knows no sharing: the folder has a copy of
+            a shared A and B for each of its modules.
         theta: [P] float32.
         num_labels: classes, or 1 for regression.
         labels: class names by id; empty for regression or unnamed classes.
@@ -76,15 +79,16 @@ def export_adapter(
         max_length: tokens at which `ReadyClassifier` cuts its input.
 
     Raises:
-        AdapterError: `theta` does not fit the layout, or `head` not the model.
+        AdapterError: `theta` or `places` do not fit the layout, or `head` not the model.
         ModelError: the base model is not where it was.
     """
+    check_places(layout, places)
     classifier = load_classifier(model, num_labels=num_labels, seed=seed)
     if head is not None:
         classifier.set_head(*head)
     _fill_trained_head(classifier, layout, theta)
-    adapted = _attach(classifier, layout, base_name=model.name)
-    _fill_adapter(adapted, _prefix(classifier), seed, layout, theta)
+    adapted = _attach(classifier, layout, places, base_name=model.name)
+    _fill_adapter(adapted, _prefix(classifier), seed, layout, places, theta)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     if classifier.head is not None:
         from safetensors.torch import save_file
@@ -178,14 +182,13 @@ def load_classifier_from_export(folder: Path | str, *, device: str | torch.devic
     return ReadyClassifier(classifier.to(device), facts.labels, facts.max_length)
 
 
-def _attach(classifier: Classifier, layout: AdapterLayout, *, base_name: str) -> PeftModel:
-    """`classifier.network` with an empty PEFT adapter at the layout's modules."""
+def _attach(classifier: Classifier, layout: AdapterLayout, places: Places, *, base_name: str) -> PeftModel:
+    """`classifier.network` with an empty PEFT adapter at every module of `places`."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     # PEFT writes these into the config and the card; the folder they name by default is this machine's alone.
     classifier.network.name_or_path = classifier.network.config.name_or_path = base_name
     prefix = _prefix(classifier)
-    targets = [slot.name.removesuffix("/B") for slot in layout.slots if slot.name.endswith("/B")]
     native = classifier.head is None
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if native else TaskType.FEATURE_EXTRACTION,
@@ -193,7 +196,7 @@ def _attach(classifier: Classifier, layout: AdapterLayout, *, base_name: str) ->
         r=layout.rank,
         lora_alpha=int(layout.alpha) if float(layout.alpha).is_integer() else layout.alpha,
         lora_dropout=0.0,
-        target_modules=[prefix + target for target in targets],
+        target_modules=[prefix + path for paths in places.values() for path in paths],
         modules_to_save=_modules_to_save(classifier) if native else None,
     )
     with _undisturbed():
@@ -215,16 +218,17 @@ def _modules_to_save(classifier: Classifier) -> list[str]:
     return list(dict.fromkeys(path.removeprefix(prefix).partition(".")[0] for path in paths))
 
 
-def _fill_adapter(adapted: PeftModel, prefix: str, seed: PublicSeed, layout: AdapterLayout, theta: Tensor) -> None:
-    for slot in layout.slots:
-        module, _, suffix = slot.name.rpartition("/")
-        if suffix != "B" or module.startswith(HEAD_PREFIX):
-            continue
-        layer: Any = adapted.base_model.model.get_submodule(prefix + module)
-        factor = layer.lora_A["default"].weight
-        with torch.no_grad():
-            factor.copy_(frozen_factor(seed, module, layout.rank, factor.shape[1]))
-            layer.lora_B["default"].weight.copy_(layout.view(theta, slot))
+@torch.no_grad()
+def _fill_adapter(
+    adapted: PeftModel, prefix: str, seed: PublicSeed, layout: AdapterLayout, places: Places, theta: Tensor
+) -> None:
+    slots = {slot.name: slot for slot in layout.slots}
+    for name, paths in places.items():
+        for path in paths:
+            layer: Any = adapted.base_model.model.get_submodule(prefix + path)
+            factor = layer.lora_A["default"].weight
+            factor.copy_(frozen_factor(seed, name, layout.rank, factor.shape[1]))
+            layer.lora_B["default"].weight.copy_(layout.view(theta, slots[f"{name}/B"]))
 
 
 def _fill_trained_head(classifier: Classifier, layout: AdapterLayout, theta: Tensor) -> None:

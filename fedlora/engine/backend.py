@@ -40,6 +40,10 @@ class GradientBackend(Protocol):
         """[N, num_labels] float32 under one flat vector `theta` [P], without gradients."""
         ...
 
+    def detach(self) -> None:
+        """Give the classifier back as it was before attaching, to be attached to anew; from now on use another."""
+        ...
+
 
 def record_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """[N] losses: squared error where labels are floats (one output), cross-entropy where they are classes."""

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedlora.adapters.methods.ffa import Places, check_places
 from fedlora.adapters.slots import AdapterLayout
+from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
 from fedlora.engine.per_record_attention import PerRecordAttention
 from fedlora.errors import ModelError
 from fedlora.models import Classifier
 
 
-class ExpandedLoraLinear(nn.Module):
+class ExpandedLoraLinear(Replacement):
     """y = base(x) + scale * x Aᵀ E_iᵀ with frozen A [r, d_in] and one E_i [d_out, r] per record."""
 
     def __init__(self, base: nn.Linear, factor: Tensor, scale: float) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.scale = scale
         self.register_buffer("factor", factor.to(base.weight), persistent=False)
         self.expanded: dict[str, Tensor] = {}  # slot suffix -> [N, *shape]; set for the duration of one forward
@@ -41,12 +42,11 @@ class ExpandedLoraLinear(nn.Module):
         return torch.baddbmm(output.reshape(*inner.shape[:2], -1), inner, leaf, alpha=self.scale).view_as(output)
 
 
-class ExpandedLinear(nn.Module):
+class ExpandedLinear(Replacement):
     """A fully trained linear of the head: one weight [d_out, d_in] and bias [d_out] per record."""
 
     def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.expanded: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,30 +64,44 @@ class ExpandedBackend:
 
     fuses_clients = True
 
-    def __init__(self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor], places: Places
+    ) -> None:
         """Attach.
 
         Args:
             classifier: changed in place; its frozen linears stay reachable as `.base`.
-            layout: slots named `<module>/B`, `head:<module>/weight` and `head:<module>/bias`.
-            factors: frozen A [r, d_in] float32 by module path.
+            layout: slots named `<base name>/B`, `head:<module>/weight` and `head:<module>/bias`.
+            factors: frozen A [r, d_in] float32 by base name.
+            places: paths of the modules that each base name adapts. A record has one leaf per slot: where several
+                modules share it, its gradient is the sum over them and counts once in the clip.
 
         Raises:
+            AdapterError: `places` are another layout's, or another back end is still attached.
             ModelError: a module also sees inputs shared by all records and cannot be run record by record.
         """
+        check_places(layout, places)
+        paths = [path for own in places.values() for path in own]
+        if classifier.family != "deberta-v2":
+            refuse_shared_inputs(classifier, paths)
+        self._attachment = Attachment(classifier)
         self.classifier, self.layout = classifier, layout
         self.slot_sizes = tuple(slot.size for slot in layout.slots)
-        adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
-        for path, module in classifier.target_modules(list(factors)).items():
-            adapted[path] = ExpandedLoraLinear(module, factors[path], layout.scale)
+        linears = classifier.target_modules(paths)
+        adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {
+            path: ExpandedLoraLinear(linears[path], factors[name], layout.scale)
+            for name, own in places.items()
+            for path in own
+        }
         trained = {slot.name.rpartition("/")[0] for slot in layout.slots}
         for path, module in classifier.head_modules().items():
             if f"head:{path}" in trained:
                 adapted[f"head:{path}"] = ExpandedLinear(module)
         for path, replacement in adapted.items():
-            classifier.replace_module(path, replacement)
-        _separate_shared_inputs(classifier, adapted)
-        self._places = [(adapted[path], suffix) for path, _, suffix in (s.name.rpartition("/") for s in layout.slots)]
+            self._attachment.replace(path, replacement.base, replacement)
+        _separate_shared_inputs(classifier, adapted, self._attachment)
+        bases = [(name, suffix) for name, _, suffix in (slot.name.rpartition("/") for slot in layout.slots)]
+        self._users = [([adapted[path] for path in places.get(name, (name,))], suffix) for name, suffix in bases]
 
     def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
         leaves = [_copies(self.layout.view(theta, slot), owner).requires_grad_() for slot in self.layout.slots]
@@ -99,14 +113,20 @@ class ExpandedBackend:
         count = len(batch["input_ids"])
         return self._forward([self.layout.view(theta, s).expand(count, *s.shape) for s in self.layout.slots], batch)
 
+    def detach(self) -> None:
+        self._attachment.undo()
+
     def _forward(self, expanded: list[Tensor], batch: Batch) -> Tensor:
+        self._attachment.confirm()
         try:
-            for (module, suffix), value in zip(self._places, expanded, strict=True):
-                module.expanded[suffix] = value
+            for (modules, suffix), value in zip(self._users, expanded, strict=True):
+                for module in modules:
+                    module.expanded[suffix] = value
             return self.classifier(batch)  # type: ignore[no-any-return]
         finally:
-            for module, _ in self._places:
-                module.expanded.clear()  # a stale leaf must never serve another batch
+            for modules, _ in self._users:
+                for module in modules:
+                    module.expanded.clear()  # a stale leaf must never serve another batch
 
 
 def _copies(rows: Tensor, owner: Tensor) -> Tensor:
@@ -114,15 +134,13 @@ def _copies(rows: Tensor, owner: Tensor) -> Tensor:
     return rows.expand(len(owner), *rows.shape[1:]) if len(rows) == 1 else rows[owner]
 
 
-def _separate_shared_inputs(classifier: Classifier, adapted: Mapping[str, Any]) -> None:
+def _separate_shared_inputs(classifier: Classifier, adapted: Mapping[str, Any], attachment: Attachment) -> None:
     """Where an adapted linear also sees what all records share, run its attention record by record."""
     shared = classifier.shared_input_modules() & set(adapted)
-    if classifier.family != "deberta-v2":
-        refuse_shared_inputs(classifier, shared)
     for attention in {path.rpartition(".")[0] for path in shared}:
         inside = [module for path, module in adapted.items() if path.startswith(f"{attention}.")]
         base = classifier.backbone.get_submodule(attention)
-        classifier.replace_module(attention, PerRecordAttention(base, inside))
+        attachment.replace(attention, base, PerRecordAttention(base, inside))
 
 
 def refuse_shared_inputs(classifier: Classifier, modules: Iterable[str]) -> None:

@@ -2,31 +2,37 @@
 
 Same layout, plan, clipping, noise and optimiser as every back end; only the gradients come from Opacus' hooks. One
 client at a time, since a module has one weight.
+
+Modules that share an adapter share its weight, each in a linear of its own. Of one linear inside several modules Opacus
+would hook every occurrence, and count each use as often as there are modules.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.adapters.methods.ffa import Places, check_places
 from fedlora.adapters.slots import AdapterLayout
+from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
 from fedlora.engine.expanded import refuse_shared_inputs
 from fedlora.models import Classifier
 
 
-class _LoraLinear(nn.Module):
+class _LoraLinear(Replacement):
     """y = base(x) + scale * B(x Aᵀ) with B an ordinary trainable linear, which Opacus knows how to sample."""
 
-    def __init__(self, base: nn.Linear, factor: Tensor, scale: float) -> None:
-        super().__init__()
-        self.base, self.scale = base, scale
+    def __init__(self, base: nn.Linear, factor: Tensor, scale: float, weight: nn.Parameter) -> None:
+        super().__init__(base)
+        self.scale = scale
         self.register_buffer("factor", factor.to(base.weight), persistent=False)
-        self.lora_b = nn.Linear(factor.shape[0], base.out_features, bias=False, device=base.weight.device)
-        nn.init.zeros_(self.lora_b.weight)  # the base model, until a vector is loaded
+        self.lora_b = nn.Linear(factor.shape[0], base.out_features, bias=False, device="meta")
+        self.lora_b.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         inner = (x @ self.factor.T).float()  # type: ignore[operator]
@@ -39,23 +45,19 @@ class OpacusBackend:
 
     fuses_clients = False
 
-    def __init__(self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor], places: Places
+    ) -> None:
         """Attach; arguments and errors as in `ExpandedBackend`."""
         from opacus import GradSampleModule
 
-        refuse_shared_inputs(classifier, factors)
-        self.layout = layout
+        check_places(layout, places)
+        refuse_shared_inputs(classifier, [path for own in places.values() for path in own])
+        self._attachment = Attachment(classifier)
+        self.classifier, self.layout = classifier, layout
         self.slot_sizes = tuple(slot.size for slot in layout.slots)
-        parameters: dict[str, Tensor] = {}
-        for path, module in classifier.target_modules(list(factors)).items():
-            replacement = _LoraLinear(module, factors[path], layout.scale)
-            classifier.replace_module(path, replacement)
-            parameters[f"{path}/B"] = replacement.lora_b.weight
-        for path, module in classifier.head_modules().items():
-            parameters[f"head:{path}/weight"] = module.weight
-            if module.bias is not None:
-                parameters[f"head:{path}/bias"] = module.bias
-        self._parameters = [parameters[slot.name].requires_grad_() for slot in layout.slots]
+        trained = self._adapt(factors, places) | self._copy_head()
+        self._parameters = [trained[slot.name].requires_grad_() for slot in layout.slots]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Opacus warns of hooks it sets itself
             self._wrapped = GradSampleModule(classifier, loss_reduction="sum").train()
@@ -70,12 +72,42 @@ class OpacusBackend:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
         return gradients
 
+    def detach(self) -> None:
+        self._wrapped.to_standard_module()
+        self._attachment.undo()
+        self.classifier.eval()
+
     @torch.no_grad()
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
         self._load(theta)
         return self._wrapped(batch)  # type: ignore[no-any-return]
 
+    def _adapt(self, factors: Mapping[str, Tensor], places: Places) -> dict[str, nn.Parameter]:
+        """Replace the adapted linears; their B by slot name, zero until a vector is loaded."""
+        weights: dict[str, nn.Parameter] = {}
+        for name, own in places.items():
+            linears = self.classifier.target_modules(own)
+            first = linears[own[0]]
+            weight = nn.Parameter(torch.zeros(first.out_features, self.layout.rank, device=first.weight.device))
+            for path in own:
+                replacement = _LoraLinear(linears[path], factors[name], self.layout.scale, weight)
+                self._attachment.replace(path, linears[path], replacement)
+            weights[f"{name}/B"] = weight
+        return weights
+
+    def _copy_head(self) -> dict[str, nn.Parameter]:
+        """Replace a trained head's linears by copies, since vectors are loaded into them; theirs by slot name."""
+        names = {slot.name for slot in self.layout.slots}
+        trained: dict[str, nn.Parameter] = {}
+        for path, module in self.classifier.head_modules().items():
+            if f"head:{path}/weight" in names:
+                own = copy.deepcopy(module)
+                self._attachment.replace(f"head:{path}", module, own)
+                trained |= {f"head:{path}/{suffix}": parameter for suffix, parameter in own.named_parameters()}
+        return trained
+
     @torch.no_grad()
     def _load(self, theta: Tensor) -> None:
+        self._attachment.confirm()
         for slot, parameter in zip(self.layout.slots, self._parameters, strict=True):
             parameter.copy_(self.layout.view(theta, slot))

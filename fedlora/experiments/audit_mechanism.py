@@ -56,6 +56,9 @@ class PlantedBackend:
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
         raise NotImplementedError("planted gradients have no model")
 
+    def detach(self) -> None:
+        """Nothing was attached."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

@@ -276,6 +276,7 @@ def _finish(
         model=config.model,
         seed=PublicSeed.from_int(config.run.seed),
         layout=workbench.layout,
+        places=workbench.places,
         theta=state.theta,
         num_labels=workbench.classifier.num_labels,
         labels=TASKS[config.data.task].label_names,

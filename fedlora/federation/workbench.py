@@ -35,6 +35,8 @@ class Workbench:
     execution: Execution
     classifier: Classifier
     layout: AdapterLayout
+    places: ffa.Places
+    """Base name of an adapter's slot -> paths of the modules it adapts."""
     backend: GradientBackend
     schedule: tuple[ScheduledRound, ...]
     initial_theta: Tensor
@@ -69,12 +71,11 @@ def build_workbench(config: RunConfig) -> Workbench:
     adapter = config.adapter
     modules = classifier.target_modules(adapter.targets)
     heads = classifier.head_modules() if config.model.head == "trained" else {}
-    layout = ffa.build_layout(modules, heads, rank=adapter.rank, alpha=adapter.alpha)
-    factors = {
-        name: ffa.frozen_factor(seed, name, adapter.rank, module.in_features) for name, module in modules.items()
-    }
+    places = {path: (path,) for path in modules}
+    layout = ffa.build_layout(modules, heads, places=places, rank=adapter.rank, alpha=adapter.alpha)
+    factors = ffa.frozen_factors(seed, modules, places, adapter.rank)
     initial_theta = _initial_theta(layout, heads).to(execution.device)
-    backend = _make_backend(config, classifier, layout, factors)
+    backend = _make_backend(config, classifier, layout, factors, places)
     if config.private:
         _check_company(config, execution, classifier, backend)
     return Workbench(
@@ -82,6 +83,7 @@ def build_workbench(config: RunConfig) -> Workbench:
         execution=execution,
         classifier=classifier,
         layout=layout,
+        places=places,
         backend=backend,
         schedule=make_schedule(config),
         initial_theta=initial_theta,
@@ -117,10 +119,14 @@ def _check_company(config: RunConfig, execution: Execution, classifier: Classifi
 
 
 def _make_backend(
-    config: RunConfig, classifier: Classifier, layout: AdapterLayout, factors: dict[str, Tensor]
+    config: RunConfig,
+    classifier: Classifier,
+    layout: AdapterLayout,
+    factors: Mapping[str, Tensor],
+    places: ffa.Places,
 ) -> GradientBackend:
     if config.engine.backend == "opacus":
         from fedlora.engine.opacus import OpacusBackend
 
-        return OpacusBackend(classifier, layout, factors)
-    return ExpandedBackend(classifier, layout, factors)
+        return OpacusBackend(classifier, layout, factors, places)
+    return ExpandedBackend(classifier, layout, factors, places)

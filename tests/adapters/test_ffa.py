@@ -39,7 +39,8 @@ def test_no_global_generator_is_used(untouched_global_generator: None) -> None:
 def test_layout_has_a_slot_for_every_b_then_the_head() -> None:
     modules = {"m.query": nn.Linear(6, 10), "m.value": nn.Linear(6, 3, bias=False)}
     head = {"dense": nn.Linear(10, 4), "out": nn.Linear(4, 2, bias=False)}
-    layout = ffa.build_layout(modules, head, rank=5, alpha=10.0)
+    places = {path: (path,) for path in modules}
+    layout = ffa.build_layout(modules, head, places=places, rank=5, alpha=10.0)
     assert {slot.name: slot.shape for slot in layout.slots} == {
         "m.query/B": (10, 5),
         "m.value/B": (3, 5),
@@ -48,5 +49,5 @@ def test_layout_has_a_slot_for_every_b_then_the_head() -> None:
         "head:out/weight": (2, 4),
     }
     assert (layout.method, layout.rank, layout.alpha, layout.scale) == ("ffa", 5, 10.0, 2.0)
-    frozen = ffa.build_layout(modules, {}, rank=5, alpha=10.0)
+    frozen = ffa.build_layout(modules, {}, places=places, rank=5, alpha=10.0)
     assert [slot.name for slot in frozen.slots] == ["m.query/B", "m.value/B"]

@@ -43,7 +43,8 @@ def export(folder: Path, model: ModelConfig, **how: Any) -> tuple[Classifier, Ad
     classifier = load_classifier(model, num_labels=3, seed=SEED)
     targets = classifier.target_modules(["in_proj" if classifier.family == "deberta" else "value", "up"])
     heads = classifier.head_modules() if model.head == "trained" else {}
-    layout = build_layout(targets, heads, rank=2, alpha=3.0)
+    places = {path: (path,) for path in targets}
+    layout = build_layout(targets, heads, places=places, rank=2, alpha=3.0)
     theta = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) / 4
     head = None
     if model.head == "prototype":
@@ -59,7 +60,16 @@ def export(folder: Path, model: ModelConfig, **how: Any) -> tuple[Classifier, Ad
             else:
                 getattr(heads[path.removeprefix("head:")], kind).copy_(value)
     export_adapter(
-        folder, model=model, seed=SEED, layout=layout, theta=theta, num_labels=3, labels=LABELS, head=head, **how
+        folder,
+        model=model,
+        seed=SEED,
+        layout=layout,
+        places=places,
+        theta=theta,
+        num_labels=3,
+        labels=LABELS,
+        head=head,
+        **how,
     )
     return classifier, layout, theta
 
@@ -151,8 +161,11 @@ def test_the_files_name_the_base_and_no_wrapper(tiny_model, tmp_path, monkeypatc
 def test_regression_predicts_scores(tiny_model, tmp_path):
     model = ModelConfig(name=str(tiny_model("bert")), head="trained")
     classifier = load_classifier(model, num_labels=1, seed=SEED)
-    layout = build_layout(classifier.target_modules(["query"]), classifier.head_modules(), rank=2, alpha=2)
-    export_adapter(tmp_path, model=model, seed=SEED, layout=layout, theta=torch.ones(layout.size), num_labels=1)
+    queries = classifier.target_modules(["query"])
+    places = {path: (path,) for path in queries}
+    layout = build_layout(queries, classifier.head_modules(), places=places, rank=2, alpha=2)
+    theta = torch.ones(layout.size)
+    export_adapter(tmp_path, model=model, seed=SEED, layout=layout, places=places, theta=theta, num_labels=1)
     ready = load_classifier_from_export(tmp_path)
     assert ready.predict(TEXTS, TEXTS) == pytest.approx(ready.logits(TEXTS, TEXTS).flatten().tolist())
     assert all(isinstance(score, float) for score in ready.predict(TEXTS))
@@ -184,12 +197,16 @@ def test_batches_stay_within_the_budget(monkeypatch):
 
 def test_a_vector_of_another_layout_is_refused(tiny_model, tmp_path):
     model = ModelConfig(name=str(tiny_model("bert")))
-    layout = AdapterLayout.build({"encoder.layer.0.attention.self.query/B": (16, 2)}, method="ffa", rank=2, alpha=2)
+    given = {"model": model, "seed": SEED, "num_labels": 3}
+    query = "encoder.layer.0.attention.self.query"
+    layout = AdapterLayout.build({f"{query}/B": (16, 2)}, method="ffa", rank=2, alpha=2)
     with pytest.raises(AdapterError, match="31 numbers"):
-        export_adapter(tmp_path, model=model, seed=SEED, layout=layout, theta=torch.zeros(31), num_labels=3)
+        export_adapter(tmp_path, layout=layout, places={query: (query,)}, theta=torch.zeros(31), **given)
+    with pytest.raises(AdapterError, match="places are for 0"):
+        export_adapter(tmp_path, layout=layout, places={}, theta=torch.zeros(32), **given)
     wrong = AdapterLayout.build({"head:nowhere/weight": (3, 16)}, method="ffa", rank=2, alpha=2)
     with pytest.raises(AdapterError, match="nowhere"):
-        export_adapter(tmp_path, model=model, seed=SEED, layout=wrong, theta=torch.zeros(48), num_labels=3)
+        export_adapter(tmp_path, layout=wrong, places={}, theta=torch.zeros(48), **given)
 
 
 # -------------------------------------------------------------------------------------------------- damaged folders

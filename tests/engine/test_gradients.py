@@ -54,7 +54,7 @@ def loop_over_records(
     num_labels = 1 if dataset.labels.dtype == np.float32 else 2
     classifier = untouched_classifier(config, num_labels)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    linears = classifier.target_modules(config.adapter.target_modules)
+    linears = classifier.target_modules(config.adapter.targets)
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
     seed = PublicSeed.from_int(config.run.seed)
     rows: list[list[Tensor]] = []

@@ -239,7 +239,7 @@ def plain_sgd_step(
     """Summed loss over one padded batch, autograd on the merged weights, divided by `divisor`."""
     classifier = load_classifier(bench.config.model, num_labels=2, seed=PublicSeed.from_int(0), attention="eager")
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    linears = classifier.target_modules(bench.config.adapter.target_modules)
+    linears = classifier.target_modules(bench.config.adapter.targets)
     leaf, weights = theta.clone().requires_grad_(), {}
     for slot in bench.layout.slots:
         path = slot.name.removesuffix("/B")
