@@ -66,10 +66,18 @@ def oversight_facts(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *
         own_ledger: it lies in the run folder, as it does without a policy. What a policy's ledger says is its owner's.
     """
     if ledger is None:
-        return {"enforced": SITES, "ledger": None}
+        return {"enforced": SITES, "policy": None, "ledger": None}
     if not own_ledger:
-        return {"enforced": POLICY, "ledger": None}
-    return {"enforced": NO_POLICY, "ledger": _ledger(ledger, run_id, sites)}
+        return {"enforced": POLICY, "policy": _policy(sites), "ledger": None}
+    return {"enforced": NO_POLICY, "policy": None, "ledger": _ledger(ledger, run_id, sites)}
+
+
+def _policy(sites: Sequence[Site]) -> Facts | None:
+    """Which policy it was, and its cap. Not its ledger's head: made of fingerprints, it tells of records."""
+    for site in sites:  # one policy for all of them
+        if site.cap is not None:
+            return {"digest": site.policy_digest, "max_epsilon": site.cap.epsilon, "max_delta": site.cap.delta}
+    return None
 
 
 def _ledger(ledger: Ledger, run_id: str, sites: Sequence[Site]) -> list[Facts]:

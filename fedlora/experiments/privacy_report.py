@@ -33,7 +33,7 @@ def privacy_report(record: Record) -> str:
         "What is not covered": [words.NOT_COVERED],
         "Digests (SHA-256)": [_digests(record)],
     }
-    parts = [title, _verdict(guarantee, record["privacy"]["worst_client"])]
+    parts = [title, _verdict(guarantee, record)]
     for heading, texts in sections.items():
         parts += [f"## {heading}", *filter(None, texts)]
     return "\n\n".join(parts) + "\n"
@@ -44,10 +44,12 @@ def _count(record: Record) -> str:
     return f"{all_sites} sites" if asked == all_sites else f"{asked} of {all_sites} sites took part"
 
 
-def _verdict(guarantee: Guarantee, worst: int) -> str:
+def _verdict(guarantee: Guarantee, record: Record) -> str:
     if guarantee.flaws:
         return "\n\n".join(f"# NO GUARANTEE: {flaw}" for flaw in guarantee.flaws)
-    return f"**{guarantee}.** That is site {worst}, which spent most; no site spent more."
+    alike = len({float(facts["epsilon"]) for facts in record["clients"]}) == 1
+    whose = words.SPENT_ALIKE if alike else words.SPENT_MOST.format(site=record["privacy"]["worst_client"])
+    return f"**{guarantee}.** {whose}"
 
 
 def _plain_words(guarantee: Guarantee) -> str:

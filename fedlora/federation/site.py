@@ -39,6 +39,8 @@ class Site:
     """Positions of those it keeps from training for the evaluation. How many they are is private; n counts both."""
     cap: Cap | None = None
     """The most that all runs on these records may spend; None in a simulation, where the plan is the only limit."""
+    policy_digest: str | None = None
+    """Of the policy that it obeys, `SitePolicy.digest`."""
     public_size: int | None = None
     """The number of records, held-out ones among them, where it may be told."""
     run_id: str | None = None

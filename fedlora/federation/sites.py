@@ -151,6 +151,7 @@ def make_site(
         data_set=DataSet(fingerprint=mark if policy is not None else name, name=name),
         fingerprint=mark,
         cap=policy.cap(config.data.task) if policy is not None else None,
+        policy_digest=policy.digest if policy is not None else None,
     )
 
 

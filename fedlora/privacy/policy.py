@@ -12,6 +12,7 @@ the site; the server learns no more than that it was refused. Every rule is expl
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +93,8 @@ class SitePolicy:
     """SHA-256 of the weights by model name, as `ModelSource.digest` gives it."""
     data: Mapping[str, DataPolicy] = field(hash=False)
     """By the site's own name for the data set."""
+    digest: str = field(default="", compare=False)
+    """SHA-256 of the file, as `sha256sum` prints it. Follows from nothing but the owner's own words."""
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
@@ -101,24 +104,25 @@ class SitePolicy:
             PolicyRefused: there is none at `path`, or anything in it is not as it should be.
         """
         try:
-            tables = parse_settings(read_settings(path, "the policy"), f"the policy {path}")
+            content = read_settings(path, "the policy")
+            tables = parse_settings(content, f"the policy {path}")
         except ConfigError as error:
             raise PolicyRefused(f"{error}; nothing runs") from error
         try:
-            return cls._from_tables(path, tables)
+            return cls._from_tables(path, tables, hashlib.sha256(content).hexdigest())
         except ConfigError as error:
             raise PolicyRefused(f"the policy {path} is broken: {error}; nothing runs") from error
 
     @classmethod
-    def _from_tables(cls, path: Path, tables: Mapping[str, Any]) -> Self:
+    def _from_tables(cls, path: Path, tables: Mapping[str, Any], digest: str) -> Self:
         for name, table in tables.items():
             require_known(name, _TABLES, "section", f"[{name}]")
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name} is {shown(table)}, wanted a table; write [{name}] above its keys")
         models, data = tables.get("models", {}), tables.get("data", {})
-        for name, digest in models.items():
-            if not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
-                raise ConfigError(f'models."{name}" = {shown(digest)}, wanted the SHA-256 of its weights in hex')
+        for name, weights in models.items():
+            if not (isinstance(weights, str) and len(weights) == 64 and set(weights) <= set("0123456789abcdef")):
+                raise ConfigError(f'models."{name}" = {shown(weights)}, wanted the SHA-256 of its weights in hex')
         if not data:
             raise ConfigError("there is no [data.NAME]; name at least one data set")
         for name, table in data.items():
@@ -131,6 +135,7 @@ class SitePolicy:
             allow=build_section(Allow, tables.get("allow", {})),
             models=dict(models),
             data={name: build_section(DataPolicy, table, f"data.{name}") for name, table in data.items()},
+            digest=digest,
         )
 
     @property

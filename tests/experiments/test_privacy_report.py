@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -111,7 +112,14 @@ def test_the_verdict_is_that_of_the_site_that_spent_most(make_run: MakeRun) -> N
     }
     assert f"**ε = {rounded_up(spent[worst]):g} at δ = 0.001 for one record of one site (add/remove)" in report
     assert f"That is site {worst}, which spent most" in report
+    assert "spent the same" not in report
     assert "NO GUARANTEE" not in report
+
+
+def test_no_site_is_named_where_all_spent_the_same(make_run: MakeRun) -> None:
+    report, _ = done(make_run("federation.participation=1"))
+    assert "all that took part spent the same" in report
+    assert "which spent most" not in report
 
 
 @pytest.mark.parametrize(
@@ -313,9 +321,14 @@ def test_nothing_that_stays_is_in_the_report_or_the_record(
 
 def test_a_policys_ledger_stays_with_its_owner(make_run: MakeRun, make_policy: Callable[..., SitePolicy]) -> None:
     config = make_run("federation.clients=1", "federation.participation=1")
-    report, record = done(config, make_policy(config, "exact"))
+    policy = make_policy(config, "exact")
+    report, record = done(config, policy)
     assert record["privacy"]["enforced"] == "policy"
     assert record["privacy"]["ledger"] is None
+    digest = hashlib.sha256(policy.path.read_bytes()).hexdigest()
+    assert record["privacy"]["policy"] == {"digest": digest, "max_epsilon": 1000.0, "max_delta": 1e-3}
+    with closing(Ledger.read(policy.ledger)) as ledger:
+        assert ledger.verify() not in json.dumps(record), "made of fingerprints, which tell of the records"
     assert "every simulated site obeyed it" in report
     assert "The ledger belongs to the site and stays with it" in report
     assert "num_examples" in report
