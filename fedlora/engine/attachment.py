@@ -35,6 +35,11 @@ class Attachment:
         self._classifier.replace_module(path, replacement)
         self._originals.append((path, original))
 
+    @property
+    def holds(self) -> bool:
+        """Whether anything is replaced."""
+        return bool(self._originals)
+
     def undo(self) -> None:
         """Put all originals back, the last first, since one may lie inside another."""
         while self._originals:
@@ -46,5 +51,5 @@ class Attachment:
         Raises:
             AdapterError: nothing is replaced any more.
         """
-        if not self._originals:
+        if not self.holds:
             raise AdapterError("this back end was detached from its classifier; use the one attached since")

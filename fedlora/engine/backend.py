@@ -41,7 +41,10 @@ class GradientBackend(Protocol):
         ...
 
     def detach(self) -> None:
-        """Give the classifier back as it was before attaching, to be attached to anew; from now on use another."""
+        """Give the classifier back as it was before attaching, ready for another back end; this one is done.
+
+        A second call does nothing.
+        """
         ...
 
 

@@ -73,9 +73,10 @@ class OpacusBackend:
         return gradients
 
     def detach(self) -> None:
-        self._wrapped.to_standard_module()
-        self._attachment.undo()
-        self.classifier.eval()
+        if self._attachment.holds:  # else Opacus would clean up after whoever is attached now
+            self._wrapped.to_standard_module()
+            self._attachment.undo()
+            self.classifier.eval()
 
     @torch.no_grad()
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:

@@ -7,18 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.func import functional_call
 
 from fedlora.adapters.methods import ffa
-from fedlora.adapters.slots import AdapterLayout
-from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
-from fedlora.engine.backend import record_losses
 from fedlora.errors import ModelError
 from fedlora.federation.workbench import Workbench
-from fedlora.models import Classifier, load_classifier
 from fedlora.randomness import PublicSeed
+from tests.engine.reference import assert_same, loop_over_records, random_theta, untouched_classifier
 
 RAGGED = [5, 12, 3, 9, 12, 4]
 OWNER = torch.tensor([0, 1, 0, 1, 1, 0])
@@ -34,64 +29,12 @@ HEADS = {
 }
 
 
-def random_theta(layout: AdapterLayout, clients: int, scale: float = 0.3, seed: int = 1) -> Tensor:
-    return scale * torch.randn(clients, layout.size, generator=torch.Generator().manual_seed(seed))
-
-
-def untouched_classifier(config: RunConfig, num_labels: int) -> Classifier:
-    return load_classifier(
-        config.model,
-        num_labels=num_labels,
-        seed=PublicSeed.from_int(config.run.seed),
-        attention=config.model.attention,
-    )
-
-
-def loop_over_records(
-    config: RunConfig, layout: AdapterLayout, theta: Tensor, dataset: EncodedDataset, owner: Tensor
-) -> list[Tensor]:
-    """One unpadded record at a time, through a model without adapters whose weights are W + alpha/r B A."""
-    num_labels = 1 if dataset.labels.dtype == np.float32 else 2
-    classifier = untouched_classifier(config, num_labels)
-    names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    linears = classifier.target_modules(config.adapter.targets)
-    heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
-    seed = PublicSeed.from_int(config.run.seed)
-    rows: list[list[Tensor]] = []
-    for record in range(len(dataset)):
-        leaves = [layout.view(theta[owner[record]], slot).clone().requires_grad_() for slot in layout.slots]
-        weights: dict[str, Tensor] = {}
-        for slot, leaf in zip(layout.slots, leaves, strict=True):
-            path, _, suffix = slot.name.rpartition("/")
-            if path in heads:
-                weights[names[id(getattr(heads[path], suffix))]] = leaf
-            else:
-                factor = ffa.frozen_factor(seed, path, config.adapter.rank, linears[path].in_features)
-                scale = config.adapter.alpha / config.adapter.rank
-                weights[names[id(linears[path].weight)]] = linears[path].weight + scale * leaf @ factor
-        batch, labels = dataset.batch(np.array([record]))
-        loss = record_losses(functional_call(classifier, weights, (batch,)), labels).sum()
-        rows.append([gradient.flatten() for gradient in torch.autograd.grad(loss, leaves)])
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-def assert_same(got: list[Tensor], wanted: list[Tensor], relative: float = 1e-5) -> None:
-    """Every record's error relative to the norm of its whole gradient, and no gradient is trivially zero."""
-    first, second = torch.cat(got, dim=1), torch.cat(wanted, dim=1)
-    assert first.shape == second.shape
-    assert first.dtype == torch.float32
-    assert (second.norm(dim=1) > 1e-4).all(), "a gradient of zero proves nothing"
-    assert ((first - second).norm(dim=1) <= relative * second.norm(dim=1)).all()
-    for part, other in zip(got, wanted, strict=True):
-        assert (part - other).abs().max() <= 3 * relative * second.abs().max()
-
-
 def check_against_loop(bench: Workbench, dataset: EncodedDataset) -> None:
     theta = random_theta(bench.layout, 2)
     owner = OWNER if bench.backend.fuses_clients else torch.ones_like(OWNER)
     batch, labels = dataset.batch(np.arange(len(dataset)))
     got = bench.backend.gradients(theta, batch, labels, owner)
-    assert_same(got, loop_over_records(bench.config, bench.layout, theta, dataset, owner))
+    assert_same(got, loop_over_records(bench.config, bench.layout, bench.places, theta, dataset, owner))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -231,7 +174,7 @@ def test_logits_are_those_of_the_merged_weights(make_bench: Any, random_records:
     bench = make_bench(ALL_TYPES)
     theta = random_theta(bench.layout, 1)[0]
     batch, _ = random_records(RAGGED).batch(np.arange(len(RAGGED)))
-    classifier = untouched_classifier(bench.config, 2)
+    classifier = untouched_classifier(bench.config)
     for slot in bench.layout.slots:
         path = slot.name.removesuffix("/B")
         linear = classifier.target_modules([path])[path]
@@ -244,7 +187,7 @@ def test_at_the_start_the_adapted_model_is_the_base_model(make_bench: Any, rando
     batch, _ = random_records(RAGGED).batch(np.arange(len(RAGGED)))
     for head in ("frozen", "trained"):
         bench = make_bench(f"model.head={head}")
-        base = untouched_classifier(bench.config, 2)(batch)
+        base = untouched_classifier(bench.config)(batch)
         assert torch.allclose(bench.backend.logits(bench.initial_theta, batch), base, atol=1e-6)
 
 
