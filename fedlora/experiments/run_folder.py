@@ -111,14 +111,15 @@ class RunFolder:
             yield
 
     @contextmanager
-    def resumable(self) -> Iterator[None]:
-        """Ctrl-C in here names the command that goes on."""
+    def resumable(self, policy: Path | None = None) -> Iterator[None]:
+        """Ctrl-C in here names the command that goes on, with the `policy` that the run obeys."""
         try:
             yield
         except KeyboardInterrupt:
+            rules = "" if policy is None else f" --policy {shlex.quote(str(policy))}"
             raise RunInterrupted(
                 f"interrupted, rounds done: {len(self.read_rounds())}; "
-                f"fedlora simulate --resume {shlex.quote(str(self.path))} goes on"
+                f"fedlora simulate --resume {shlex.quote(str(self.path))}{rules} goes on"
             ) from None
 
     @property

@@ -26,7 +26,7 @@ from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
-from fedlora.federation.schedule import make_schedule
+from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.server import (
     Reply,
     RoundReport,
@@ -105,7 +105,7 @@ def resume(path: Path, progress: Progress, policy: SitePolicy | None = None) -> 
             f"cannot resume {path}: it was begun {'without' if policy else 'under'} a policy; "
             f"{'leave --policy out' if policy else 'name the same one with --policy'}"
         )
-    with folder.resumable():
+    with folder.resumable(policy.path if policy else None):
         _run_cohort(_prepare(config, policy), folder, progress, policy)
     return folder.path
 
@@ -156,7 +156,7 @@ def _run_cohort(prepared: _Prepared, folder: RunFolder, progress: Progress, poli
     workbench, sites = prepared.workbench, prepared.sites
     with closing(Ledger.open(policy.ledger if policy else folder.ledger_file)) as ledger:
         transport = CohortTransport(workbench=workbench, dataset=prepared.dataset, sites=sites, ledger=ledger)
-        run_server(workbench.config, folder, workbench, transport, sites, progress, prepared.evaluator, ledger)
+        run_server(workbench.config, folder, workbench, transport, sites, progress, prepared.evaluator, ledger, policy)
 
 
 def run_server(
@@ -168,6 +168,7 @@ def run_server(
     progress: Progress,
     evaluator: Evaluator | None = None,
     ledger: Ledger | None = None,
+    policy: SitePolicy | None = None,
 ) -> None:
     """Do the rounds that `folder` does not have yet and write what a run leaves behind.
 
@@ -175,13 +176,15 @@ def run_server(
         sites: those of this process, whose optimiser state goes into the checkpoint; empty where sites live elsewhere.
         evaluator: where the caller has made one already.
         ledger: of the sites in this process; rounds that died with an earlier one are done anew, and stay counted.
+        policy: that these sites obey, and that the command to go on with names.
 
     Raises:
-        RunFolderError: what is in the folder is no state of this run, or another process goes on with it.
+        RunFolderError: what is in the folder is no state of this run, the ledger is not the one that it has charged, or
+            another process goes on with it.
         RunInterrupted: by Ctrl-C; the folder can be resumed.
         FedloraError: the run failed.
     """
-    with folder.resumable(), folder.claimed():
+    with folder.resumable(policy.path if policy else None), folder.claimed():
         _run_rounds(config, folder, workbench, transport, sites, progress, evaluator or Evaluator(workbench), ledger)
 
 
@@ -196,8 +199,9 @@ def _run_rounds(
     ledger: Ledger | None,
 ) -> None:
     clock = time.perf_counter()
-    state = _state_to_go_on_from(config, folder, workbench, sites)
+    state = _state_to_go_on_from(folder, workbench, sites)
     if ledger is not None:
+        _check_ledger(ledger, folder, state, workbench.schedule)
         ledger.abandon(state.run_id, from_round=state.next_round)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
     if not sites and config.private and not config.privacy.seeded_noise:
@@ -223,21 +227,46 @@ def _run_rounds(
     _finish(config, folder, workbench, evaluator, state, seconds, oversight)
 
 
-def _state_to_go_on_from(
-    config: RunConfig, folder: RunFolder, workbench: Workbench, sites: Sequence[Site]
-) -> ServerState:
-    """The checkpoint's state, or that of a new run. A run's id starts with the digest of the config it began with."""
-    digest = config.digest()[:16]
-    state = initial_state(workbench, f"{digest}-{uuid.uuid4().hex[:16]}")
+def _state_to_go_on_from(folder: RunFolder, workbench: Workbench, sites: Sequence[Site]) -> ServerState:
+    """The checkpoint's state, or that of a new run, whose id is on disk before anything is charged to it.
+
+    A run's id starts with the digest of the config.toml it began with. What a policy says today of places, device and
+    token budget may differ from what is in there.
+    """
+    digest = folder.read_config().digest()[:16]
     if folder.checkpoint_file.exists():
         state = load_checkpoint(folder.checkpoint_file, sites)
+    else:
+        state = initial_state(workbench, f"{digest}-{uuid.uuid4().hex[:16]}")
     if not state.run_id.startswith(f"{digest}-"):
         raise RunFolderError(
             f"cannot resume {folder.path}: its config.toml is not the one that the run began with; "
             "put the original back, or start a new run"
         )
     folder.restore_rounds(state.rounds_done, state.last_report)
+    if not folder.checkpoint_file.exists():
+        save_checkpoint(folder.checkpoint_file, state, sites)
     return state
+
+
+def _check_ledger(ledger: Ledger, folder: RunFolder, state: ServerState, schedule: Sequence[ScheduledRound]) -> None:
+    """Refuse a ledger in which this run has not charged what it has done, or has gone on further than it knows.
+
+    Raises:
+        RunFolderError: it is another ledger, or the folder is an old copy.
+    """
+    charged = ledger.rounds(state.run_id)
+    done = {entry.index for entry in schedule[: state.next_round] if entry.phase != EVALUATION}  # which may be refused
+    if not done <= charged:
+        raise RunFolderError(
+            f"cannot resume {folder.path}: its round {min(done - charged)} is not charged in the ledger at hand; "
+            "with --policy, name the policy whose ledger it has charged so far"
+        )
+    if (last := max(charged, default=-1)) > state.next_round:
+        raise RunFolderError(
+            f"cannot resume {folder.path}: the ledger has charged its rounds up to {last}, and it knows rounds up to "
+            f"{state.next_round - 1}, so that it is an old copy of a run that went on; start a new run"
+        )
 
 
 def _give_up_asked_round(folder: RunFolder, workbench: Workbench, state: ServerState) -> None:

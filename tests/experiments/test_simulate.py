@@ -166,8 +166,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *
 MOMENTS = {
     "the first report": (RunFolder, "append_round", 0),
     "a later report": (RunFolder, "append_round", 2),
-    "the first checkpoint": (module, "save_checkpoint", 0),
-    "the last checkpoint": (module, "save_checkpoint", 3),
+    "the checkpoint before any round": (module, "save_checkpoint", 0),
+    "the first round's checkpoint": (module, "save_checkpoint", 1),
+    "the last checkpoint": (module, "save_checkpoint", 4),
     "the replacement of a checkpoint": (Path, "replace", 4),
     "the export": (module, "export_adapter", 0),
     "the curve": (module, "plot_curve", 0),
