@@ -1,7 +1,4 @@
-"""DiffoRA's Differential Adaptation Matrix: which modules of a model get an adapter. Knows no privacy.
-
-Scores come in from outside, already released; what is here is a function of them and of the model's shape.
-"""
+"""Modules that may get an adapter, and which of them do."""
 
 from __future__ import annotations
 
@@ -43,9 +40,7 @@ class ModuleMask:
     @property
     def modules(self) -> tuple[str, ...]:
         """Paths of the chosen ones."""
-        return tuple(
-            candidate.module for candidate, chosen in zip(self.candidates, self.chosen, strict=True) if chosen
-        )
+        return tuple(candidate.module for candidate, chosen in zip(self.candidates, self.chosen, strict=True) if chosen)
 
     @property
     def sharing(self) -> Mapping[str, tuple[str, ...]]:
@@ -56,3 +51,21 @@ class ModuleMask:
                 shape = f"{candidate.in_features}x{candidate.out_features}"
                 groups.setdefault(f"shared/{candidate.kind}/{shape}", []).append(candidate.module)
         return {name: tuple(paths) for name, paths in groups.items()}
+
+
+def overlap(first: ModuleMask, second: ModuleMask) -> float:
+    """|both| / max(|first|, |second|): the share of the larger choice that the smaller one chose too, in [0, 1].
+
+    Symmetric, and 1 only for equal masks. A random choice of k of M modules has an expected overlap of k / M with any
+    choice of at most k, so that of two random halves is 1/2: compare with that, not with 0.
+
+    Raises:
+        AdapterError: the masks are of different models.
+    """
+    if first.candidates != second.candidates:
+        raise AdapterError(
+            f"masks over {len(first.candidates)} and {len(second.candidates)} candidates that are not the same; "
+            "compare masks of one model and the same adapter.target_modules"
+        )
+    both = sum(a and b for a, b in zip(first.chosen, second.chosen, strict=True))
+    return both / max(sum(first.chosen), sum(second.chosen))
