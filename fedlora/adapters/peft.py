@@ -189,6 +189,7 @@ def _attach(classifier: Classifier, layout: AdapterLayout, places: Places, *, ba
     # PEFT writes these into the config and the card; the folder they name by default is this machine's alone.
     classifier.network.name_or_path = classifier.network.config.name_or_path = base_name
     prefix = _prefix(classifier)
+    targets = [prefix + path for paths in places.values() for path in paths]
     native = classifier.head is None
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if native else TaskType.FEATURE_EXTRACTION,
@@ -196,11 +197,14 @@ def _attach(classifier: Classifier, layout: AdapterLayout, places: Places, *, ba
         r=layout.rank,
         lora_alpha=int(layout.alpha) if float(layout.alpha).is_integer() else layout.alpha,
         lora_dropout=0.0,
-        target_modules=[prefix + path for paths in places.values() for path in paths],
+        target_modules=targets,
         modules_to_save=_modules_to_save(classifier) if native else None,
     )
     with _undisturbed():
-        return get_peft_model(classifier.network, config)
+        adapted = get_peft_model(classifier.network, config)
+    # PEFT shortens long lists to endings that fit this network: "dense" would mean the pooler too, where there is one.
+    adapted.peft_config["default"].target_modules = targets
+    return adapted
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedlora.adapters.methods import ffa
+from fedlora.errors import AdapterError
 from fedlora.randomness import PublicSeed
 
 SEED = PublicSeed.from_int(5)
@@ -51,3 +52,46 @@ def test_layout_has_a_slot_for_every_b_then_the_head() -> None:
     assert (layout.method, layout.rank, layout.alpha, layout.scale) == ("ffa", 5, 10.0, 2.0)
     frozen = ffa.build_layout(modules, {}, places=places, rank=5, alpha=10.0)
     assert [slot.name for slot in frozen.slots] == ["m.query/B", "m.value/B"]
+
+
+MODULES = {f"{layer}.{kind}": nn.Linear(6, 3 if kind == "up" else 10) for layer in range(3) for kind in ("query", "up")}
+
+
+def test_one_slot_and_one_factor_for_modules_that_share() -> None:
+    places = {"1.query": ("1.query",), "shared/query/6x10": ("0.query", "2.query"), "shared/up/6x3": ("2.up",)}
+    layout = ffa.build_layout(MODULES, {}, places=places, rank=5, alpha=10.0)
+    assert [(slot.name, slot.shape) for slot in layout.slots] == [
+        ("1.query/B", (10, 5)),
+        ("shared/query/6x10/B", (10, 5)),
+        ("shared/up/6x3/B", (3, 5)),
+    ]
+    assert layout.size == 5 * (10 + 10 + 3)
+    factors = ffa.frozen_factors(SEED, MODULES, places, 5)
+    assert factors.keys() == places.keys()
+    for name, factor in factors.items():
+        assert torch.equal(factor, ffa.frozen_factor(SEED, name, 5, 6))
+
+
+def test_slots_come_in_the_order_of_places_and_both_must_fit() -> None:
+    places = {"2.up": ("2.up",), "0.query": ("0.query",)}
+    layout = ffa.build_layout(MODULES, {"out": nn.Linear(3, 2)}, places=places, rank=1, alpha=1.0)
+    assert [slot.name for slot in layout.slots] == ["2.up/B", "0.query/B", "head:out/weight", "head:out/bias"]
+    ffa.check_places(layout, places)
+    for other in ({}, {"2.up": ("2.up",)}, dict(reversed(places.items())), places | {"1.up": ("1.up",)}):
+        with pytest.raises(AdapterError, match="build both from one mask"):
+            ffa.check_places(layout, other)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"shared/any": ("0.query", "0.up")}, "shapes 6x3, 6x10; only modules of one shape"),
+        ({"shared/query/6x10": ()}, "shapes none"),
+        ({"0.query": ("0.query",), "shared/query/6x10": ("0.query", "1.query")}, "0.query is given to more than one"),
+        ({"shared/up/6x3": ("0.up", "0.up")}, "0.up is given to more than one"),
+        ({"9.query": ("9.query",)}, "9.query, which is not among the 6 linears"),
+    ],
+)
+def test_places_that_no_model_can_have_are_refused(places: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        ffa.build_layout(MODULES, {}, places=places, rank=2, alpha=1.0)

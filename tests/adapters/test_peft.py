@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods.ffa import build_layout, frozen_factor
+from fedlora.adapters.dam import Candidate, ModuleMask
+from fedlora.adapters.methods.ffa import Places, build_layout, frozen_factors
 from fedlora.adapters.peft import _batches_by_length, export_adapter, load_classifier_from_export
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig
+from fedlora.engine.expanded import ExpandedBackend
 from fedlora.errors import AdapterError, ModelError, RunFolderError
 from fedlora.models import Classifier, load_classifier
+from fedlora.models.families import block_position
 from fedlora.randomness import PublicSeed
 
 SEED = PublicSeed.from_int(5)
@@ -45,6 +48,7 @@ def export(folder: Path, model: ModelConfig, **how: Any) -> tuple[Classifier, Ad
     heads = classifier.head_modules() if model.head == "trained" else {}
     places = {path: (path,) for path in targets}
     layout = build_layout(targets, heads, places=places, rank=2, alpha=3.0)
+    factors = frozen_factors(SEED, targets, places, 2)
     theta = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) / 4
     head = None
     if model.head == "prototype":
@@ -55,8 +59,7 @@ def export(folder: Path, model: ModelConfig, **how: Any) -> tuple[Classifier, Ad
             path, _, kind = slot.name.rpartition("/")
             value = layout.view(theta, slot)
             if kind == "B":
-                factor = frozen_factor(SEED, path, 2, targets[path].in_features)
-                targets[path].weight += layout.scale * value @ factor
+                targets[path].weight += layout.scale * value @ factors[path]
             else:
                 getattr(heads[path.removeprefix("head:")], kind).copy_(value)
     export_adapter(
@@ -122,6 +125,66 @@ def test_pooled_heads_are_a_plain_peft_adapter_and_a_linear_map(tiny_model, tmp_
     embedded = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     head = load_file(tmp_path / "head.safetensors")
     torch.testing.assert_close(embedded @ head["weight"].T + head["bias"], logits(by_hand), atol=1e-5, rtol=1e-5)
+
+
+def masked_places(classifier: Classifier, *, shared: bool) -> Places:
+    """Two linears of every five; the others share with their type or have no adapter."""
+    candidates = tuple(
+        Candidate(
+            module=path,
+            layer=block_position(path, classifier.family)[0],
+            kind=block_position(path, classifier.family)[1],
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+        )
+        for path, linear in classifier.target_modules(["all"]).items()
+    )
+    mask = ModuleMask(candidates, tuple(place % 5 in (1, 4) for place in range(len(candidates))))
+    return {path: (path,) for path in mask.modules} | (dict(mask.sharing) if shared else {})
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["chosen only", "sharing"])
+@pytest.mark.parametrize("layers", [2, 11], ids=["short list", "a list that PEFT condenses"])
+@pytest.mark.parametrize("head", ["trained", "prototype"])
+def test_plain_peft_adapts_exactly_the_masked_modules_and_gives_our_logits(tiny_model, tmp_path, head, layers, shared):
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    base = tiny_model("bert", num_hidden_layers=layers)
+    model = ModelConfig(name=str(base), head=head)
+    ours = load_classifier(model, num_labels=3, seed=SEED)
+    places = masked_places(ours, shared=shared)
+    modules = ours.target_modules(["all"])
+    layout = build_layout(modules, ours.head_modules() if head == "trained" else {}, places=places, rank=2, alpha=3.0)
+    theta = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) / 8
+    own_head = (torch.randn(3, 16), torch.randn(3)) if head == "prototype" else None
+    if own_head is not None:
+        ours.set_head(*own_head)
+    backend = ExpandedBackend(ours, layout, frozen_factors(SEED, modules, places, 2), places)
+    encoded = ours.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    wanted = backend.logits(theta, dict(encoded))
+    facts = {"model": model, "seed": SEED, "layout": layout, "places": places, "theta": theta, "num_labels": 3}
+    export_adapter(tmp_path, **facts, labels=LABELS, head=own_head)
+    torch.testing.assert_close(load_classifier_from_export(tmp_path).logits(TEXTS), wanted, atol=1e-5, rtol=1e-5)
+
+    plain = AutoModel.from_pretrained(base)
+    if head == "trained":
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    adapted = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    prefix = "base_model.model.bert." if head == "trained" else "base_model.model."
+    covered = {prefix + path for paths in places.values() for path in paths}
+    found = {path: module for path, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    assert found.keys() == covered
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert {f"base_model.model.{path}" for path in written} == covered
+    for paths in places.values():
+        first, *others = (found[prefix + path] for path in paths)
+        for other in others:
+            assert torch.equal(first.lora_A["default"].weight, other.lora_A["default"].weight)
+            assert torch.equal(first.lora_B["default"].weight, other.lora_B["default"].weight)
+    if head == "trained":
+        torch.testing.assert_close(adapted(**encoded).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pooler_without_weights_travels_with_the_adapter(tiny_model, tmp_path):
