@@ -9,7 +9,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedlora.config import RunConfig
@@ -30,6 +30,15 @@ NO_POLICY, POLICY, SITES = "none", "policy", "sites"
 Facts = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """Whether a run was stopped and went on, and what that cost."""
+
+    resumed: bool
+    done_anew: Mapping[int, Sequence[tuple[str, int]]]
+    """Phase and steps of every round that was charged to a site, by client, and then done anew."""
+
+
 def privacy_facts(
     config: RunConfig,
     workbench: Workbench,
@@ -37,6 +46,7 @@ def privacy_facts(
     clients: Sequence[Mapping[str, Any]],
     rounds: Sequence[Mapping[str, Any]],
     oversight: Facts,
+    resumption: Resumption,
 ) -> Facts:
     """All that `privacy_report` needs beside the rest of the record.
 
@@ -44,6 +54,7 @@ def privacy_facts(
         clients: public facts of every client that was asked for anything.
         rounds: lines of rounds.jsonl.
         oversight: `oversight_facts`.
+        resumption: `resumption_of`.
     """
     worst = max(clients, key=lambda facts: float(facts["epsilon"]))
     answered = _answered(workbench.schedule, rounds)
@@ -51,7 +62,11 @@ def privacy_facts(
         "guarantee": asdict(Guarantee.from_config(config, epsilon=worst["epsilon"])),
         "worst_client": worst["client"],
         "noise_source": "seeded" if config.privacy.seeded_noise else config.engine.noise,
-        "sites": [_site(facts, workbench.schedule, answered) for facts in clients],
+        "resumed": resumption.resumed,
+        "sites": [
+            _site(facts, workbench.schedule, answered, resumption.done_anew.get(facts["client"], ()))
+            for facts in clients
+        ],
         "vectors_out": _vectors_out(workbench, answered),
         "facts_out": _facts_out(clients),
         **oversight,
@@ -116,9 +131,27 @@ def _ended(entries: Sequence[Entry]) -> dict[int, set[str]]:
     return ended
 
 
-def _site(facts: Mapping[str, Any], schedule: Sequence[ScheduledRound], answered: Mapping[int, set[int]]) -> Facts:
+def resumption_of(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *, resumed: bool) -> Resumption:
+    """What the `ledger` of the sites in this process tells of stops; sites elsewhere do no round anew."""
+    anew: dict[int, list[tuple[str, int]]] = {}
+    if ledger is not None and resumed:
+        entries = ledger.entries()
+        ended = _ended(entries)
+        for site in sites:
+            lost = [entry for entry in _charged(entries, run_id, site) if ABANDONED in ended.get(entry.id, ())]
+            anew[site.client] = [(entry.purpose or "", entry.num_steps or 0) for entry in lost]
+    return Resumption(resumed=resumed, done_anew=anew)
+
+
+def _site(
+    facts: Mapping[str, Any],
+    schedule: Sequence[ScheduledRound],
+    answered: Mapping[int, set[int]],
+    anew: Sequence[tuple[str, int]],
+) -> Facts:
     """What one site spent, phase by phase. A site that never answered has not told its phases."""
     client = facts["client"]
+    asked = sum(client in entry.clients for entry in schedule)
     phases = [
         {
             "name": phase["name"],
@@ -129,10 +162,23 @@ def _site(facts: Mapping[str, Any], schedule: Sequence[ScheduledRound], answered
     ]
     return {
         "client": client,
-        "rounds_asked": sum(client in entry.clients for entry in schedule),
+        "rounds_asked": asked,
+        "rounds_charged": asked + len(anew),
+        "epsilon_charged": _epsilon_charged(facts, anew),
         "rounds_answered": sum(client in clients for clients in answered.values()),
         "phases": phases,
     }
+
+
+def _epsilon_charged(facts: Mapping[str, Any], anew: Sequence[tuple[str, int]]) -> float:
+    """ε of all rounds that a site was asked for, and of those that it was charged for and did anew."""
+    if not anew:
+        return float(facts["epsilon"])
+    charges = []
+    for phase in facts["phases"]:
+        steps = phase["num_steps"] + sum(lost for name, lost in anew if name == phase["name"])
+        charges.append(Charge(phase["sampling_probability"], phase["effective_noise_multiplier"], steps))
+    return _priced(tuple(charges), facts["delta"], facts["accountant"])
 
 
 def _nominal(facts: Mapping[str, Any], phase: Mapping[str, Any]) -> float:

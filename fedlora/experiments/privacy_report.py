@@ -23,7 +23,7 @@ def privacy_report(record: Record) -> str:
     sections = {
         "In plain words": [_plain_words(guarantee)],
         "Against whom": [_against_whom(record)],
-        "What each site spent": [_phases(record), _totals(record), _silent(record)],
+        "What each site spent": [_phases(record), _totals(record), _resumed(record), _silent(record)],
         "What the ledger says": [_ledger(record)],
         "What left the sites": [_vectors(record), _facts(record), words.ENVELOPE],
         "What stayed": [words.STAYED],
@@ -49,7 +49,7 @@ def _verdict(guarantee: Guarantee, record: Record) -> str:
         return "\n\n".join(f"# NO GUARANTEE: {flaw}" for flaw in guarantee.flaws)
     alike = len({float(facts["epsilon"]) for facts in record["clients"]}) == 1
     whose = words.SPENT_ALIKE if alike else words.SPENT_MOST.format(site=record["privacy"]["worst_client"])
-    return f"**{guarantee}.** {whose}"
+    return "\n\n".join(filter(None, (f"**{guarantee}.** {whose}", _resumed(record))))
 
 
 def _plain_words(guarantee: Guarantee) -> str:
@@ -103,14 +103,25 @@ def _totals(record: Record) -> str:
     for facts, site in zip(record["clients"], record["privacy"]["sites"], strict=True):
         row = (
             _number(facts["epsilon"]),
+            _number(site["epsilon_charged"]),
             f"{facts['delta']:g}",
             facts["accountant"].upper(),
             str(site["rounds_asked"]),
+            str(site["rounds_charged"]),
             str(site["rounds_answered"]),
         )
         rows.append((facts["client"], row))
-    heads = ("ε of all phases together", "δ", "accountant", "rounds charged", "updates that arrived")
+    heads = ("ε released", "ε charged", "δ", "accountant", "rounds asked for", "rounds charged", "updates that arrived")
     return f"{_by_sites(heads, rows)}\n\n{words.TOTALS}"
+
+
+def _resumed(record: Record) -> str:
+    if not record["privacy"]["resumed"]:
+        return ""
+    sites = record["privacy"]["sites"]
+    if all(site["rounds_charged"] == site["rounds_asked"] for site in sites):
+        return words.RESUMED
+    return words.DONE_ANEW.format(epsilon=_number(max(float(site["epsilon_charged"]) for site in sites)))
 
 
 def _silent(record: Record) -> str:

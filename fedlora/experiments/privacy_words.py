@@ -43,8 +43,16 @@ one record can move a step's sum in L2. *Effective* σ is what the weakest direc
 one that the accountant sees; *nominal* σ is that of the mechanism's own description."""
 
 TOTALS = """\
-ε is rounded up. Phases cost less together than the sum of their ε alone. A site is charged for every round that it was
-asked for, whether its update arrived, was used, or not."""
+ε is rounded up. Phases cost less together than the sum of their ε alone. *Released* counts every round that a site was
+asked for once, whether its update arrived, was used, or not. *Charged* is what the run takes from the site's budget:
+the same, and rounds that died with a stopped process and were done anew."""
+
+RESUMED = "The run was stopped and resumed. No round was charged twice."
+
+DONE_ANEW = """\
+The run was stopped and resumed. Rounds that a stopped process had begun were charged, and then done anew: together
+ε = {epsilon} is charged to the site that was charged most. That is what holds against whoever got hold of what the
+stopped process had made; nothing of it is in this folder."""
 
 SILENT = """\
 Of site {sites} no update ever arrived. Nobody but the site knows what it released, so that the ε asked of the

@@ -18,7 +18,7 @@ from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
 from fedlora.experiments.model_card import model_card
 from fedlora.experiments.plots import plot_curve
-from fedlora.experiments.privacy_facts import oversight_facts, privacy_facts
+from fedlora.experiments.privacy_facts import Resumption, oversight_facts, privacy_facts, resumption_of
 from fedlora.experiments.privacy_report import privacy_report
 from fedlora.experiments.record import guarantee_of, make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
@@ -198,7 +198,7 @@ def _run_rounds(
     evaluator: Evaluator,
     ledger: Ledger | None,
 ) -> None:
-    clock = time.perf_counter()
+    clock, resumed = time.perf_counter(), folder.last_asked() >= 0
     state = _state_to_go_on_from(folder, workbench, sites)
     if ledger is not None:
         _check_ledger(ledger, folder, state, workbench.schedule)
@@ -224,7 +224,8 @@ def _run_rounds(
     state = server.run(state)
     seconds = earlier + time.perf_counter() - clock
     oversight = oversight_facts(ledger, state.run_id, sites, own_ledger=folder.ledger_file.is_file())
-    _finish(config, folder, workbench, evaluator, state, seconds, oversight)
+    resumption = resumption_of(ledger, state.run_id, sites, resumed=resumed)
+    _finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption)
 
 
 def _state_to_go_on_from(folder: RunFolder, workbench: Workbench, sites: Sequence[Site]) -> ServerState:
@@ -298,6 +299,7 @@ def _finish(
     state: ServerState,
     wall_seconds: float,
     oversight: dict[str, Any],
+    resumption: Resumption,
 ) -> None:
     """Adapter, curve, privacy report and, last, the record: a folder with a record is a whole one."""
     export_adapter(
@@ -332,7 +334,9 @@ def _finish(
         clients=clients,
         execution=workbench.execution.describe(),
         model_digest=workbench.classifier.source.digest,
-        privacy=privacy_facts(config, workbench, clients=clients, rounds=rounds, oversight=oversight),
+        privacy=privacy_facts(
+            config, workbench, clients=clients, rounds=rounds, oversight=oversight, resumption=resumption
+        ),
     )
     plot_curve(
         folder.curve_file,

@@ -18,14 +18,16 @@ import pytest
 
 from fedlora.config import RunConfig
 from fedlora.data.fingerprint import fingerprint
+from fedlora.errors import RunInterrupted
 from fedlora.experiments.privacy_facts import epsilon_alone, oversight_facts
 from fedlora.experiments.privacy_report import most_detected, privacy_report
 from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.run_folder import RunFolder, to_json
-from fedlora.experiments.simulate import run_server, simulate
+from fedlora.experiments.simulate import CohortTransport, resume, run_server, simulate
 from fedlora.federation.messages import ClientFailure
 from fedlora.federation.sites import load_simulated_data
 from fedlora.models import locate_model
+from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.egress import FACTS, PHASE_FACTS
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.policy import SitePolicy
@@ -166,8 +168,10 @@ def test_every_phase_stands_with_the_records_numbers(make_run: MakeRun) -> None:
             ratio = extra["noise_multiplier"] / phase["effective_noise_multiplier"]
             assert ratio == pytest.approx(math.sqrt(2) if phase["name"] == "finetune" else 1.0)
         (row,) = [row for row in table(report, "δ") if covers(row["sites"], facts["client"])]
-        assert float(row["ε of all phases together"]) == rounded_up(facts["epsilon"])
-        assert int(row["rounds charged"]) == int(row["updates that arrived"]) == site["rounds_asked"]
+        assert float(row["ε released"]) == float(row["ε charged"]) == rounded_up(facts["epsilon"])
+        assert int(row["rounds asked for"]) == int(row["rounds charged"]) == site["rounds_asked"]
+        assert int(row["updates that arrived"]) == site["rounds_asked"]
+    assert "resumed" not in report
     assert sum(site["rounds_asked"] for site in record["privacy"]["sites"]) == 3 + 3 * 2, "all, then two a round"
 
 
@@ -267,6 +271,63 @@ def test_charges_without_a_release_are_told_apart(make_federation: Callable[...,
     assert (second["spent"], second["epsilon"]) == (0, 0.0)
     other = oversight_facts(ledger, "run-2", federation.sites, own_ledger=True)["ledger"][0]
     assert (other["spent"], other["epsilon"]) == (0, first["epsilon"]), "ε is that of the data, over all runs"
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_rounds_that_died_and_were_done_anew_are_charged_apart_from_what_was_released(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, seeded: bool
+) -> None:
+    """Stopped in its prototype release, and twice in its last round."""
+    config = make_run("federation.participation=1", f"privacy.seeded_noise={str(seeded).lower()}")
+    genuine, stops = CohortTransport.exchange, {0: 1, 3: 2}
+
+    def stopped(self: Any, instruction: Any, clients: Any) -> Any:
+        replies = genuine(self, instruction, clients)
+        if stops.get(instruction.round_index):
+            stops[instruction.round_index] -= 1
+            raise KeyboardInterrupt
+        return replies
+
+    monkeypatch.setattr(CohortTransport, "exchange", stopped)
+    for attempt in range(3):
+        with pytest.raises(RunInterrupted):
+            simulate(config, Silent()) if attempt == 0 else resume(Path(config.run.out), Silent())
+    report, record = read(resume(Path(config.run.out), Silent()))
+    for facts, site in zip(record["clients"], record["privacy"]["sites"], strict=True):
+        assert (site["rounds_asked"], site["rounds_charged"]) == (4, 7)
+        anew = {"prototype": 1, "finetune": 2 * config.federation.local_steps}
+        charges = [
+            Charge(
+                part["sampling_probability"], part["effective_noise_multiplier"], part["num_steps"] + anew[part["name"]]
+            )
+            for part in facts["phases"]
+        ]
+        assert site["epsilon_charged"] == pytest.approx(epsilon(charges, facts["delta"], "rdp"))
+        assert site["epsilon_charged"] > 1.1 * facts["epsilon"]
+        (row,) = [row for row in table(report, "ε charged") if covers(row["sites"], facts["client"])]
+        shown = float(row["ε released"]), float(row["ε charged"])
+        assert shown == (rounded_up(facts["epsilon"]), rounded_up(site["epsilon_charged"]))
+        assert (row["rounds asked for"], row["rounds charged"]) == ("4", "7")
+    most = max(site["epsilon_charged"] for site in record["privacy"]["sites"])
+    said = f"together ε = {rounded_up(most):g} is charged to the site that was charged most"
+    assert report.count(said) == (1 if seeded else 2), "in the table's section, and below a verdict"
+    assert privacy_report(record) == report
+
+
+def test_a_run_that_was_stopped_between_rounds_says_that_nothing_was_charged_twice(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Any, report: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Silent, "round", stopped)
+        with pytest.raises(RunInterrupted):
+            simulate(config, Silent())
+    report, record = read(resume(Path(config.run.out), Silent()))
+    assert report.count("The run was stopped and resumed. No round was charged twice.") == 2
+    assert all(site["rounds_charged"] == site["rounds_asked"] for site in record["privacy"]["sites"])
 
 
 POLICY = """

@@ -66,7 +66,9 @@ def result(path: Path) -> tuple[dict[str, str], list[dict[str, Any]], dict[str, 
     rounds = [{**entry, "seconds": 0} for entry in RunFolder(path).read_rounds()]
     record = json.loads((path / "record.json").read_text())
     record["config"]["run"]["out"] = record["started"] = record["wall_seconds"] = record["peak_memory_bytes"] = None
-    record["privacy"]["ledger"] = None  # a round that died with its process stays charged
+    record["privacy"]["ledger"] = record["privacy"]["resumed"] = None
+    for site in record["privacy"]["sites"]:  # a round that died with its process stays charged
+        site["rounds_charged"] = site["epsilon_charged"] = None
     return adapter, rounds, record
 
 
