@@ -151,8 +151,7 @@ class PrivacyConfig(Section, section="privacy"):
     evaluation_noise_multiplier: float = setting(
         10.0, "noise of the one release of evaluation counts", above=0, at_most=1e6
     )
-    alignment_noise_multiplier: float = setting(20.0, "noise of the one release of module scores", above=0)
-    bilevel_noise_multiplier: float = setting(4.0, "noise of each search step of select = bilevel", above=0)
+    alignment_noise_multiplier: float = setting(20.0, "noise of the one release of module scores", above=0, at_most=1e6)
     allow_unsound: bool = setting(False, "run gredp_noise = real, which protects nothing; its ε is given as ∞")
     seeded_noise: bool = setting(False, "reproducible research only: noise and batches from run.seed, NOT private")
 
@@ -336,10 +335,10 @@ def _check_selection(config: RunConfig) -> None:
             f"set federation.rounds above {searched}, or lower adapter.warmup_rounds"
         )
     if adapter.discretise == "cost_aware" and adapter.select != "none":
-        if not least:
+        if adapter.select not in ("alignment", "warmup"):
             raise ConfigError(
                 f"adapter.discretise = cost_aware weighs signal against noise, which adapter.select = {adapter.select} "
-                "does not measure; use select = alignment, warmup or bilevel, or discretise = global_topk"
+                "does not measure; use select = alignment or warmup, or discretise = global_topk"
             )
         if adapter.warmup_rounds < 2:
             raise ConfigError(

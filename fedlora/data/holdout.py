@@ -1,4 +1,4 @@
-"""Which records are kept from training: decided by each record about itself alone."""
+"""Which records are kept from training, or teach gates: decided by each record about itself alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ def held_out(records: Records, share: float, seed: PublicSeed) -> np.ndarray:
     sets would differ in more than one record. Equal records fall on the same side. How many are kept back is about
     `share` of them, depends on the texts, and is private.
     """
+    return _share(records, share, seed, b"fedlora held-out")
+
+
+def gate_half(records: Records, seed: PublicSeed) -> np.ndarray:
+    """For each record whether it teaches the gates of a bilevel search rather than the weights, bool [n].
+
+    About half of them; split as by `held_out`, independently of it.
+    """
+    return _share(records, 0.5, seed, b"fedlora gates")
+
+
+def _share(records: Records, share: float, seed: PublicSeed, purpose: bytes) -> np.ndarray:
+    """About `share` of the records: those whose keyed hash, of their own texts and label alone, is low enough."""
     limit = share * 2.0**64
     texts = zip(*records.texts, strict=True)
     hashes = (
-        _keyed(record_digest(row, label), seed) for row, label in zip(texts, records.labels.tolist(), strict=True)
+        _keyed(record_digest(row, label), seed, purpose)
+        for row, label in zip(texts, records.labels.tolist(), strict=True)
     )
     return np.fromiter((value < limit for value in hashes), dtype=bool, count=len(records))
 
 
-def _keyed(digest: bytes, seed: PublicSeed) -> int:
-    return int.from_bytes(hashlib.blake2b(digest, key=seed.root, digest_size=8, person=b"fedlora held-out").digest())
+def _keyed(digest: bytes, seed: PublicSeed, purpose: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(digest, key=seed.root, digest_size=8, person=purpose).digest())

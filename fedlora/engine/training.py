@@ -7,20 +7,19 @@ un-noised one cannot escape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import FixedShape, fixed_shapes
 from fedlora.engine.filters import make_filter
+from fedlora.engine.sums import clipped_sums
 from fedlora.errors import PrivacyError
 from fedlora.privacy.noise import NoiseSource
 from fedlora.privacy.plan import PhasePlan
@@ -73,7 +72,7 @@ def train(
         raise PrivacyError("jobs of one call project or clip differently; train them in separate calls")
     rows = theta.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
-    optimizer = _make_optimizer(training, learning_rate, parameters)
+    optimizer = make_optimizer(training, learning_rate, parameters)
     for parameter, job in zip(parameters, jobs, strict=True):
         if job.optimizer_state is not None:
             optimizer.state[parameter] = _copied(job.optimizer_state, rows.device)
@@ -106,34 +105,11 @@ def _private_mean_gradients(
 ) -> list[Tensor]:
     """One logical step: for each job (clipped sum + noise) / expected batch size, [P]."""
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
-    records = np.concatenate(drawn)
-    owner = np.repeat(np.arange(len(jobs)), [len(part) for part in drawn])
-    totals = torch.zeros_like(rows, dtype=torch.float64)
-    phase = jobs[0].phase
-    for group in _groups(dataset, records, owner, token_budget, fused=backend.fuses_clients):
-        batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
-        owners = torch.from_numpy(owner[group.positions]).to(rows.device)
-        everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
-        gradients = backend.gradients(rows.detach(), batch, labels, everyone)
-        phase.add_clipped(totals, [part[: len(owners)] for part in gradients], owners)
+    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)
     return [
         job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
         for job, total in zip(jobs, totals, strict=True)
     ]
-
-
-def _groups(
-    dataset: EncodedDataset, records: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool
-) -> Iterator[FixedShape]:
-    """Micro-batches over all clients or, where the back end takes one at a time, client by client."""
-    lengths = dataset.lengths[records]
-    if fused:
-        yield from fixed_shapes(lengths, token_budget, dataset.longest)
-        return
-    for client in np.unique(owner):
-        positions = np.flatnonzero(owner == client)
-        for group in fixed_shapes(lengths[positions], token_budget, dataset.longest):
-            yield replace(group, positions=positions[group.positions])
 
 
 def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:
@@ -144,7 +120,7 @@ def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:
     }
 
 
-def _make_optimizer(training: TrainingConfig, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(training: TrainingConfig, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimiser, one parameter per client: element-wise rules keep the clients apart."""
     decay = training.weight_decay
     match training.optimizer:

@@ -32,6 +32,7 @@ def make_record(
     model_digest: str,
     privacy: dict[str, Any],
     private_evaluation: dict[str, Any] | None,
+    selection: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The record of a finished run.
 
@@ -39,6 +40,7 @@ def make_record(
         clients: the public facts that the sites reported.
         model_digest: of the base model's weights, `ModelSource.digest`.
         privacy: `privacy_facts`.
+        selection: `Selection.to_json`; None where no modules were to be chosen.
         private_evaluation: `PrivateEvaluation` as in rounds.jsonl; None where it was not asked for.
     """
     return {
@@ -57,6 +59,7 @@ def make_record(
         "metric": metric,
         "metrics": metrics,
         "private_evaluation": private_evaluation,
+        "selection": selection,
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,
         "execution": execution,

@@ -20,11 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from fedlora.adapters.dam import Selection, UpdateProducts
+from fedlora.adapters.slots import Slot
 from fedlora.errors import RunFolderError
+from fedlora.federation.selection import SearchState
 from fedlora.federation.server import ServerState
 from fedlora.federation.site import Site
 
-FORMAT = "fedlora-checkpoint-1"
+FORMAT = "fedlora-checkpoint-2"
 
 
 def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> None:
@@ -36,6 +39,7 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         for key, value in (site.optimizer_state or {}).items():
             if value is not None:
                 tensors[f"site/{site.client}/{key}"] = torch.as_tensor(value).cpu()
+    tensors |= _search_tensors(state.search)
     facts: dict[str, Any] = {
         "run_id": state.run_id,
         "next_round": state.next_round,
@@ -44,6 +48,7 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         "bytes_down": state.bytes_down,
         "rounds_done": state.rounds_done,
         "last_report": state.last_report,
+        "search": _search_facts(state.search),
         "fingerprints": {str(site.client): site.fingerprint for site in sites},
     }
     partial = path.with_suffix(".partial")
@@ -79,6 +84,9 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         site.optimizer_state = own or None
         site.next_round = facts["next_round"]
+    search = _read_search(facts["search"], tensors)
+    for site in sites:
+        site.mask = None if search.selection is None else search.selection.mask.chosen
     return ServerState(
         run_id=facts["run_id"],
         theta=tensors["theta"],
@@ -89,6 +97,42 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         bytes_down=facts["bytes_down"],
         rounds_done=facts["rounds_done"],
         last_report=facts["last_report"],
+        search=search,
+    )
+
+
+def _search_tensors(search: SearchState) -> dict[str, Tensor]:
+    found = {"scores": search.scores, "gates": search.gates}
+    if search.products is not None:
+        found |= {"products/total": search.products.total, "products/squares": search.products.squares}
+    return {f"search/{name}": tensor.cpu() for name, tensor in found.items() if tensor is not None}
+
+
+def _search_facts(search: SearchState) -> dict[str, Any]:
+    products, selection = search.products, search.selection
+    return {
+        "selection": None if selection is None else selection.to_json(),
+        "count": None if products is None else products.count,
+        "slots": [] if products is None else [[slot.name, slot.shape, slot.offset] for slot in products.slots],
+    }
+
+
+def _read_search(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SearchState:
+    products = selection = None
+    if facts["selection"] is not None:
+        selection = Selection.from_json(facts["selection"])
+    if facts["count"] is not None:
+        products = UpdateProducts(
+            slots=tuple(Slot(name, tuple(shape), offset) for name, shape, offset in facts["slots"]),
+            count=facts["count"],
+            total=tensors["search/products/total"],
+            squares=tensors["search/products/squares"],
+        )
+    return SearchState(
+        products=products,
+        scores=tensors.get("search/scores"),
+        gates=tensors.get("search/gates"),
+        selection=selection,
     )
 
 

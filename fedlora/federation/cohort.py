@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.confusion import confusion_counts
+from fedlora.engine.gates import SearchJob, alignment_sums, search
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import ProtocolError
@@ -19,7 +21,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import EVALUATION, PROTOTYPE
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, PhasePlan
 
 LARGEST_VALUE = 10.0
 """Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
@@ -41,40 +43,68 @@ class Cohort:
         Raises:
             ProtocolError: the instruction fits no round of a site, another layout, or has numbers out of range; nothing
                 is spent or trained.
-            AdapterError: its head does not fit the classifier; nothing is spent or trained.
+            AdapterError: its head or its mask does not fit the model; nothing is spent or trained.
             BudgetRefused: a site's ledger does not grant the round; nothing is spent or trained.
             LedgerUnavailable, LedgerBroken: a charge cannot be written; nothing is trained.
         """
-        layout = self.workbench.payload_layout(instruction.phase)
-        if instruction.layout_digest != layout.digest:
-            raise ProtocolError(
-                f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
-                "server and clients run different configurations"
-            )
-        theta = instruction.theta
-        if theta.shape != (self.workbench.layout.size,) or theta.dtype != torch.float32 or not theta.isfinite().all():
-            raise ProtocolError(
-                f"instruction's theta has shape {tuple(theta.shape)} and dtype {theta.dtype} or is not finite; "
-                f"wanted {self.workbench.layout.size} finite numbers of float32"
-            )
-        if theta.abs().max() > LARGEST_VALUE:
-            raise ProtocolError(
-                f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, wanted what sound training reaches; "
-                "lower training.learning_rate if this is your own run"
-            )
         requests = [site.request(instruction) for site in self.sites]  # one refusal, and no site has spent its round
+        self._adopt(instruction)
+        self._check_theta(instruction)
         if instruction.head is not None:
             self._set_head(*instruction.head)
+        compute = self._computation(instruction)
         reservations = self.ledger.reserve(requests)  # on disk before the first private step
         entries = [site.admit(instruction) for site in self.sites]
-        compute = self._release if instruction.phase in (PROTOTYPE, EVALUATION) else self._train
-        vectors = compute(instruction, entries[0])
+        vectors = compute(entries[0])
         updates = [
             self._update(site, entry, instruction, vector)
             for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
         ]
         self.ledger.settle(reservations)
         return updates
+
+    def _adopt(self, instruction: RoundInstruction) -> None:
+        """Train what the instruction's mask chooses, or everything as long as nothing was to be chosen yet."""
+        phase, chosen = instruction.phase, instruction.mask
+        selects = self.workbench.config.adapter.select != "none"
+        if (chosen is not None) != (selects and phase in (FINETUNE, EVALUATION)):
+            state = "no choice of modules" if chosen is None else "a choice of modules"
+            raise ProtocolError(
+                f"instruction for phase {phase} has {state}, but adapter.select = "
+                f"{self.workbench.config.adapter.select}; server and clients run different configurations"
+            )
+        self.workbench.adopt(chosen)
+        layout = self.workbench.payload_layout(phase)
+        if instruction.layout_digest != layout.digest:
+            raise ProtocolError(
+                f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
+                "server and clients run different configurations"
+            )
+
+    def _check_theta(self, instruction: RoundInstruction) -> None:
+        theta, size = instruction.theta, self.workbench.global_size(instruction.phase)
+        if theta.shape != (size,) or theta.dtype != torch.float32 or not theta.isfinite().all():
+            raise ProtocolError(
+                f"instruction's theta has shape {tuple(theta.shape)} and dtype {theta.dtype} or is not finite; "
+                f"wanted {size} finite numbers of float32"
+            )
+        if theta.abs().max() > LARGEST_VALUE:
+            raise ProtocolError(
+                f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, wanted what sound training reaches; "
+                "lower training.learning_rate if this is your own run"
+            )
+
+    def _computation(self, instruction: RoundInstruction) -> Callable[[ScheduledRound], list[Tensor]]:
+        """What the phase has every site compute, noise included. Whatever can be refused is refused here."""
+        theta = instruction.theta.to(self.workbench.execution.device)
+        phase = instruction.phase
+        if phase == PROTOTYPE:
+            return partial(self._release, self._class_sums)
+        if phase == EVALUATION:
+            return partial(self._release, partial(self._confusion_counts, theta))
+        if phase == ALIGNMENT:
+            return partial(self._release, partial(self._alignment_sums, self.workbench.gated.directions(theta)))
+        return partial(self._search if phase == BILEVEL else self._train, theta)
 
     def _set_head(self, weight: Tensor, bias: Tensor) -> None:
         if self.workbench.config.model.head != "prototype":
@@ -100,15 +130,14 @@ class Cohort:
         check_update(update, instruction, layout)
         return update
 
-    def _train(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
-        bench, index = self.workbench, instruction.round_index
-        device = bench.execution.device
+    def _train(self, theta: Tensor, entry: ScheduledRound) -> list[Tensor]:
+        bench = self.workbench
         jobs = [
             TrainingJob(
                 records=site.records,
-                phase=site.plan[instruction.phase],
-                sampling=site.secret.numpy("sampling", site.client, index),
-                noise=self._noise(site, index),
+                phase=site.plan[entry.phase],
+                sampling=site.secret.numpy("sampling", site.client, entry.index),
+                noise=self._noise(site, entry.index),
                 optimizer_state=site.optimizer_state,
             )
             for site in self.sites
@@ -117,7 +146,7 @@ class Cohort:
             bench.backend,
             self.dataset,
             jobs,
-            instruction.theta.to(device),
+            theta,
             num_steps=entry.num_steps,
             learning_rate=entry.learning_rate,
             training=bench.config.training,
@@ -128,24 +157,66 @@ class Cohort:
                 site.optimizer_state = row.optimizer_state
         return [row.theta.cpu() for row in trained]
 
-    def _release(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Tensor]:
+    def _search(self, theta: Tensor, entry: ScheduledRound) -> list[Tensor]:
+        """Weights and gates in turn; `theta` [P + M] holds both."""
+        bench = self.workbench
+        jobs = [
+            SearchJob(
+                weight_records=site.weight_records,
+                gate_records=site.gate_records,
+                phase=site.plan[entry.phase],
+                sampling=site.secret.numpy("sampling", site.client, entry.index),
+                noise=self._noise(site, entry.index),
+            )
+            for site in self.sites
+        ]
+        weights, gates = theta.split([bench.layout.size, len(bench.candidates)])
+        found = search(
+            bench.backend,
+            self.dataset,
+            jobs,
+            weights,
+            gates,
+            bench.gated,
+            num_steps=entry.num_steps,
+            learning_rate=entry.learning_rate,
+            gate_learning_rate=bench.config.adapter.gate_learning_rate,
+            training=bench.config.training,
+            token_budget=bench.execution.token_budget,
+        )
+        return [row.cpu() for row in found]
+
+    def _release(self, sums: Callable[[Site, PhasePlan], Tensor], entry: ScheduledRound) -> list[Tensor]:
         """One noised sum over each site's records."""
-        sizes = [slot.size for slot in self.workbench.payload_layout(instruction.phase).slots]
+        sizes = [slot.size for slot in self.workbench.payload_layout(entry.phase).slots]
         released = []
         for site in self.sites:
-            total, noise = self._sum(site, instruction), self._noise(site, entry.index)
-            released.append(site.plan[instruction.phase].privatize(total, noise=noise, slot_sizes=sizes).cpu())
+            phase = site.plan[entry.phase]
+            total, noise = sums(site, phase), self._noise(site, entry.index)
+            released.append(phase.privatize(total, noise=noise, slot_sizes=sizes).cpu())
         return released
 
-    def _sum(self, site: Site, instruction: RoundInstruction) -> Tensor:
-        """Un-noised: of prototypes over what the site trains on, of an evaluation over what it holds out."""
-        bench, layout = self.workbench, self.workbench.payload_layout(instruction.phase)
-        if instruction.phase == EVALUATION:
-            theta = instruction.theta.to(bench.execution.device)
-            return confusion_counts(
-                bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget
-            )
+    def _class_sums(self, site: Site, phase: PhasePlan) -> Tensor:
+        bench, layout = self.workbench, self.workbench.payload_layout(phase.name)
         return class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
+
+    def _confusion_counts(self, theta: Tensor, site: Site, phase: PhasePlan) -> Tensor:
+        bench, layout = self.workbench, self.workbench.payload_layout(phase.name)
+        return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget)
+
+    def _alignment_sums(self, directions: Tensor, site: Site, phase: PhasePlan) -> Tensor:
+        bench = self.workbench
+        sums = alignment_sums(
+            bench.backend,
+            self.dataset,
+            [site.records],
+            start=bench.initial_theta,
+            directions=directions,
+            gated=bench.gated,
+            phase=phase,
+            token_budget=bench.execution.token_budget,
+        )
+        return sums[0]
 
     def _noise(self, site: Site, index: int) -> NoiseSource:
         """The site's secret source for one round; no round is done twice, so no stream is used twice."""

@@ -11,15 +11,16 @@ from safetensors.torch import load, save
 
 from fedlora.federation.site import Site
 
-_ROUND, _RUN, _OPTIMIZER = "next_round", "run_id", "optimizer/"
+_ROUND, _RUN, _MASK, _OPTIMIZER = "next_round", "run_id", "mask", "optimizer/"
 
 
 def remember(site: Site) -> bytes:
-    """The run that it takes part in, which rounds are over, and the optimiser's state where the config keeps it."""
+    """Its run, which rounds of it are over, which modules were chosen, and the optimiser's state where it is kept."""
     kept = {key: torch.as_tensor(value) for key, value in (site.optimizer_state or {}).items() if value is not None}
     tensors = {_OPTIMIZER + key: value.cpu().contiguous() for key, value in kept.items()}
     run = torch.tensor(list((site.run_id or "").encode()), dtype=torch.uint8)
-    return bytes(save(tensors | {_ROUND: torch.tensor(site.next_round), _RUN: run}))
+    mask = torch.tensor(site.mask or (), dtype=torch.bool)
+    return bytes(save(tensors | {_ROUND: torch.tensor(site.next_round), _RUN: run, _MASK: mask}))
 
 
 def recall(site: Site, memory: bytes) -> None:
@@ -28,4 +29,5 @@ def recall(site: Site, memory: bytes) -> None:
     site.next_round = max(site.next_round, int(tensors.pop(_ROUND)))
     run = bytes(tensors.pop(_RUN).tolist()).decode()
     site.run_id = site.run_id or run or None
+    site.mask = tuple(tensors.pop(_MASK).tolist()) or None
     site.optimizer_state = {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()} or None

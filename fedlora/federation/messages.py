@@ -24,13 +24,17 @@ class RoundInstruction:
     layout_digest: str
     """Of what is to be sent back."""
     theta: Tensor
-    """[P] float32, the global adapter."""
+    """[P] float32, the global adapter; followed by the gates' logits [M] where those are trained too."""
     head: tuple[Tensor, Tensor] | None = None
     """Weight [C, h] and bias [C] of a prototype head, once there is one."""
+    mask: tuple[bool, ...] | None = None
+    """Which candidates were chosen, once they are, where adapter.select chooses: one per candidate in model order."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.theta, *(self.head or ())))
+        """Of its numbers; a mask has a bit per candidate."""
+        tensors = (self.theta, *(self.head or ()))
+        return sum(int(tensor.nbytes) for tensor in tensors) + -(-len(self.mask or ()) // 8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedlora.adapters.dam import UpdateProducts
 from fedlora.engine.confusion import PrivateEvaluation, estimate_accuracy
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
 from fedlora.federation.aggregation import exact_sum, uniform_mean
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
 from fedlora.federation.schedule import ScheduledRound
+from fedlora.federation.selection import SearchState, choose_modules, chosen_theta
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.mechanisms.granular import released_std
-from fedlora.privacy.plan import EVALUATION, FINETUNE, PROTOTYPE, evaluation_phases
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP, evaluation_phases
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,13 @@ class ServerState:
     """Whole rounds; fewer than `next_round` where some were given up."""
     last_report: dict[str, Any] | None = None
     """Of the last whole round, as written for people to read."""
+    search: SearchState = field(default_factory=SearchState)
+    """For the modules to adapt."""
+
+    @property
+    def chosen(self) -> tuple[bool, ...] | None:
+        """The mask that clients are told, once modules are chosen."""
+        return None if self.search.selection is None else self.search.selection.mask.chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +105,25 @@ class Server:
         """
         if state.head is not None:
             self.workbench.classifier.set_head(*state.head)
+        self.workbench.adopt(state.chosen)
         for entry in self.workbench.schedule[state.next_round :]:
             self.on_round(self._round(entry, state), state)
         return state
 
     def _round(self, entry: ScheduledRound, state: ServerState) -> RoundReport:
-        self.before_round(entry)
         start = time.perf_counter()
+        if entry.phase == FINETUNE and self.workbench.config.adapter.select != "none" and state.chosen is None:
+            self._choose(state)
+        self.before_round(entry)
         layout = self.workbench.payload_layout(entry.phase)
         instruction = RoundInstruction(
             run_id=state.run_id,
             round_index=entry.index,
             phase=entry.phase,
             layout_digest=layout.digest,
-            theta=state.theta,
+            theta=self._theta(entry, state),
             head=state.head,
+            mask=state.chosen,
         )
         updates, failures = self._sort(self._exchange(instruction, entry), instruction, entry)
         if not updates and entry.phase != EVALUATION:
@@ -143,6 +156,21 @@ class Server:
             failures=failures,
             private_evaluation=evaluation,
         )
+
+    def _theta(self, entry: ScheduledRound, state: ServerState) -> Tensor:
+        """What the round starts from; a bilevel search has its gates' logits behind it, 0 at first."""
+        if entry.phase != BILEVEL:
+            return state.theta
+        gates = state.search.gates
+        return torch.cat([state.theta, torch.zeros(len(self.workbench.candidates)) if gates is None else gates])
+
+    def _choose(self, state: ServerState) -> None:
+        """From all candidates to the chosen modules, once."""
+        before = self.workbench.gated
+        selection = choose_modules(self.workbench, state.theta, state.search)
+        self.workbench.adopt(selection.mask.chosen)
+        state.theta = chosen_theta(self.workbench, state.theta, state.search, before)
+        state.search = SearchState(selection=selection)  # the rest has done its work
 
     def _exchange(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Reply]:
         """Everyone's replies; nobody's where an evaluation is refused as a whole, as clients of one process refuse."""
@@ -186,20 +214,31 @@ class Server:
         self, entry: ScheduledRound, state: ServerState, updates: Sequence[ClientUpdate]
     ) -> PrivateEvaluation | None:
         """Put what came back into `state`; an evaluation leaves it alone and returns what was found."""
+        search = state.search
         if entry.phase == EVALUATION:
             return evaluated(self.workbench, updates)
+        if entry.phase == ALIGNMENT:
+            search.scores = exact_sum(updates)
+            return None
+        if entry.phase == WARMUP:
+            search.products = search.products or UpdateProducts.empty(self.workbench.layout, self.workbench.candidates)
+            for update in sorted(updates, key=lambda update: update.client):  # sums do not depend on who came first
+                search.products.add(update.vector - state.theta)
         mean = uniform_mean(updates)
         if entry.phase == PROTOTYPE:
             layout = self.workbench.payload_layout(PROTOTYPE)
             state.head = prototype_head(mean, layout, self.workbench.config.model.temperature)
             self.workbench.classifier.set_head(*state.head)
+        elif entry.phase == BILEVEL:
+            size = len(state.theta)
+            state.theta, search.gates = mean[:size].clone(), mean[size:].clone()
         else:
             state.theta = mean
         return None
 
     def _metrics(self, entry: ScheduledRound, state: ServerState) -> Metrics:
-        if entry.phase == EVALUATION:
-            return {}  # nothing has changed since the last round of fine-tuning
+        if entry.phase in (EVALUATION, ALIGNMENT, BILEVEL):
+            return {}  # nothing has changed since the last round of training, or only together with gates
         last = not any(later.phase == FINETUNE for later in self.workbench.schedule[entry.index + 1 :])
         due = entry.phase == PROTOTYPE or (entry.index + 1) % self.workbench.config.run.evaluate_every == 0
         return self.evaluate(state.theta) if due or last else {}

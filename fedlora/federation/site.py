@@ -48,12 +48,17 @@ class Site:
     next_round: int = 0
     """Rounds before this one are over: answered, or given up and still counted."""
     optimizer_state: OptimizerState | None = field(default=None, repr=False)
+    gate_records: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    """Those of `records` that teach the gates of a bilevel search; the rest teaches its weights. A private number."""
+    mask: tuple[bool, ...] | None = None
+    """Which candidates were chosen, once it was told: one choice for the whole run."""
 
     def scheduled(self, instruction: RoundInstruction) -> ScheduledRound:
         """The round that `instruction` asks for. Spends nothing.
 
         Raises:
-            ProtocolError: the round is of another run, not scheduled for this site, over, or names another phase.
+            ProtocolError: the round is of another run, not scheduled for this site, over, names another phase, or
+                another choice of modules than an earlier one.
         """
         if self.run_id not in (None, instruction.run_id):
             raise ProtocolError(f"client {self.client} takes part in another run, and only in that")
@@ -65,6 +70,8 @@ class Site:
             )
         if entry.index < self.next_round:
             raise ProtocolError(f"client {self.client} has already done round {entry.index}; each round is done once")
+        if self.mask not in (None, instruction.mask):
+            raise ProtocolError(f"client {self.client} was told of another choice of modules; there is one for a run")
         return entry
 
     def request(self, instruction: RoundInstruction) -> Request:
@@ -101,6 +108,8 @@ class Site:
         """
         entry = self.scheduled(instruction)
         self.run_id, self.next_round = instruction.run_id, entry.index + 1
+        if instruction.mask != self.mask:
+            self.mask, self.optimizer_state = instruction.mask, None  # of modules that are trained no longer
         return entry
 
     def facts(self, entry: ScheduledRound) -> Facts:
@@ -110,6 +119,11 @@ class Site:
         facts = self.plan.describe(steps, spent=self._epsilon_after[entry.index])
         size = {} if self.public_size is None else {"num_examples": self.public_size}
         return {"client": self.client, **size, "noise_seeded": self.secret.is_seeded} | facts
+
+    @property
+    def weight_records(self) -> np.ndarray:
+        """Those that teach the weights of a bilevel search."""
+        return np.setdiff1d(self.records, self.gate_records)
 
     @cached_property
     def _epsilon_after(self) -> dict[int, float]:

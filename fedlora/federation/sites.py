@@ -12,7 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.glue import Records, load_records
-from fedlora.data.holdout import held_out
+from fedlora.data.holdout import gate_half, held_out
 from fedlora.data.partition import partition
 from fedlora.engine.execution import find_device
 from fedlora.errors import ConfigError, DataError, PolicyRefused
@@ -124,6 +124,7 @@ def make_site(
     own = data.parts[client]
     records = data.records.subset(own)
     kept_back, mark = _kept_back(config, records), fingerprint(records)
+    for_gates = _for_gates(config, records) & ~kept_back
     mine = tuple(entry for entry in schedule if client in entry.clients)
     name, declared = f"client {client}", None  # of this run; its ledger may be passed on, with no mark of the records
     if policy is not None:
@@ -144,6 +145,7 @@ def make_site(
         client=client,
         records=own[~kept_back],
         heldout=own[kept_back],
+        gate_records=own[for_gates],
         public_size=None if declared else size,
         plan=plan,
         schedule=mine,
@@ -164,6 +166,13 @@ def _kept_back(config: RunConfig, records: Records) -> np.ndarray:
     if not config.federation.private_evaluation:
         return np.zeros(len(records), dtype=bool)
     return held_out(records, config.data.heldout_share, PublicSeed.from_int(config.run.seed))
+
+
+def _for_gates(config: RunConfig, records: Records) -> np.ndarray:
+    """Which of a site's records teach the gates of a bilevel search, bool [n]."""
+    if config.adapter.select != "bilevel":
+        return np.zeros(len(records), dtype=bool)
+    return gate_half(records, PublicSeed.from_int(config.run.seed))
 
 
 def encode_training_data(workbench: Workbench, data: TrainingData) -> EncodedDataset:

@@ -27,19 +27,25 @@ MAX_HEADER_BYTES = 64 * 1024
 # Beside the facts of `privacy.egress`; of a tensor, the number of dimensions.
 _TEXT, _NUMBER = Fact(str, "names the round"), Fact(int, "names the round")
 _ENVELOPE = {"run_id": _TEXT, "round_index": _NUMBER, "phase": _TEXT, "layout_digest": _TEXT}
+_HEAD, _MASK = {"weight": 2, "bias": 1}, {"mask": 1}
 _VECTORS = {
     "instruction": {"theta": 1},
-    "instruction+head": {"theta": 1, "weight": 2, "bias": 1},
+    "instruction+head": {"theta": 1, **_HEAD},
+    "instruction+mask": {"theta": 1, **_MASK},
+    "instruction+head+mask": {"theta": 1, **_HEAD, **_MASK},
     "update": {"vector": 1},
 }
+_INSTRUCTIONS = tuple(kind for kind in _VECTORS if kind != "update")
 
 
 def encode_instruction(instruction: RoundInstruction) -> bytes:
     fields = {key: getattr(instruction, key) for key in _ENVELOPE}
-    if instruction.head is None:
-        return _encode("instruction", {"theta": instruction.theta}, fields)
-    weight, bias = instruction.head
-    return _encode("instruction+head", {"theta": instruction.theta, "weight": weight, "bias": bias}, fields)
+    kind, tensors = "instruction", {"theta": instruction.theta}
+    if instruction.head is not None:
+        kind, tensors = f"{kind}+head", tensors | dict(zip(_HEAD, instruction.head, strict=True))
+    if instruction.mask is not None:
+        kind, tensors = f"{kind}+mask", tensors | {"mask": torch.tensor(instruction.mask, dtype=torch.float32)}
+    return _encode(kind, tensors, fields)
 
 
 def decode_instruction(data: bytes) -> RoundInstruction:
@@ -48,14 +54,19 @@ def decode_instruction(data: bytes) -> RoundInstruction:
     Raises:
         ProtocolError: `data` is anything else.
     """
-    kind, tensors, fields = _decode(data, ("instruction", "instruction+head"))
+    _, tensors, fields = _decode(data, _INSTRUCTIONS)
     check_fields(fields, _ENVELOPE)
-    head = None
-    if kind == "instruction+head":
+    head = mask = None
+    if "weight" in tensors:
         head = (tensors["weight"], tensors["bias"])
         if len(head[0]) != len(head[1]):
             _refuse(f"a head with {len(head[0])} rows and {len(head[1])} biases")
-    return RoundInstruction(theta=tensors["theta"], head=head, **fields)
+    if "mask" in tensors:
+        bits = tensors["mask"].tolist()
+        if not set(bits) <= {0.0, 1.0}:
+            _refuse("a mask of other numbers than 0 and 1")
+        mask = tuple(bit == 1.0 for bit in bits)
+    return RoundInstruction(theta=tensors["theta"], head=head, mask=mask, **fields)
 
 
 def encode_update(update: ClientUpdate) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedlora.adapters.dam import Candidate, ModuleMask
 from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
@@ -20,25 +21,35 @@ from fedlora.engine.company import check_company
 from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
+from fedlora.engine.gates import GatedSlots
 from fedlora.engine.prototypes import prototype_layout
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.models import Classifier, load_classifier
-from fedlora.privacy.plan import EVALUATION, PROTOTYPE
+from fedlora.models.families import block_position
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE
 from fedlora.randomness import PublicSeed
 
 
 @dataclass(kw_only=True)
 class Workbench:
-    """One process's shared, frozen things; a client on top of it costs kilobytes."""
+    """One process's shared, frozen things; a client on top of it costs kilobytes.
+
+    What is trained can change once in a run: all candidates first, then those that a mask chooses. `adopt` changes
+    layout, places, backend and initial theta together.
+    """
 
     config: RunConfig
     execution: Execution
     classifier: Classifier
-    layout: AdapterLayout
+    schedule: tuple[ScheduledRound, ...]
+    candidates: tuple[Candidate, ...]
+    """The targets, in the model's order."""
+    mask: ModuleMask | None
+    """Which of them are adapted; None for all."""
     places: ffa.Places
     """Base name of an adapter's slot -> paths of the modules it adapts."""
+    layout: AdapterLayout
     backend: GradientBackend
-    schedule: tuple[ScheduledRound, ...]
     initial_theta: Tensor
     """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
 
@@ -48,46 +59,107 @@ class Workbench:
             return prototype_layout(self.classifier.num_labels, self.classifier.hidden_size)
         if phase == EVALUATION:
             return confusion_layout(self.classifier.num_labels)
+        if phase == ALIGNMENT:
+            return self._with({}, "scores")
+        if phase == BILEVEL:
+            return self._with({slot.name: slot.shape for slot in self.layout.slots}, "gates")
         return self.layout
+
+    def global_size(self, phase: str) -> int:
+        """How many numbers the server sends as theta in `phase`."""
+        return self.payload_layout(phase).size if phase == BILEVEL else self.layout.size
+
+    @property
+    def gated(self) -> GatedSlots:
+        """The slots that a search scores. Only while all candidates are adapted."""
+        return GatedSlots.of(self.layout, [candidate.module for candidate in self.candidates])
+
+    def adopt(self, chosen: tuple[bool, ...] | None) -> None:
+        """Adapt the candidates that are `chosen`, all of them for None; does nothing where that is so already.
+
+        Raises:
+            AdapterError: another number of candidates, or none is chosen.
+            PrivacyError: with these adapters, records of one micro-batch influence one another on this machine.
+        """
+        mask = None if chosen is None else ModuleMask(self.candidates, chosen)
+        if mask == self.mask:
+            return
+        self.backend.detach()
+        attached = _attach(self.config, self.execution, self.classifier, mask)
+        self.places, self.layout, self.backend, self.initial_theta = attached
+        self.mask = mask
+
+    def _with(self, shapes: dict[str, tuple[int, ...]], name: str) -> AdapterLayout:
+        """`shapes`, and one number per candidate under `name`; the digest knows the candidates and their order."""
+        scored = {f"{name}/{candidate.module}": (1,) for candidate in self.candidates}
+        return AdapterLayout.build(
+            shapes | scored, method=self.layout.method, rank=self.layout.rank, alpha=self.layout.alpha
+        )
 
 
 def build_workbench(config: RunConfig) -> Workbench:
-    """Load the base model and attach the adapters.
+    """Load the base model and attach the adapters, of all candidates where some are to be chosen.
 
     Raises:
         ModelError: the model or a target module cannot be found.
         PrivacyError: on this machine records of one micro-batch influence one another.
     """
-    seed = PublicSeed.from_int(config.run.seed)
     execution = choose_execution(config)
     classifier = load_classifier(
         config.model,
         num_labels=TASKS[config.data.task].num_labels,
-        seed=seed,
+        seed=PublicSeed.from_int(config.run.seed),
         device=execution.device,
         dtype=execution.dtype,
         attention=execution.attention,
     )
-    adapter = config.adapter
+    places, layout, backend, initial_theta = _attach(config, execution, classifier, None)
+    return Workbench(
+        config=config,
+        execution=execution,
+        classifier=classifier,
+        schedule=make_schedule(config),
+        candidates=_candidates(classifier, config.adapter.targets),
+        mask=None,
+        places=places,
+        layout=layout,
+        backend=backend,
+        initial_theta=initial_theta,
+    )
+
+
+def _candidates(classifier: Classifier, targets: tuple[str, ...]) -> tuple[Candidate, ...]:
+    found = []
+    for path, module in classifier.target_modules(targets).items():
+        layer, kind = block_position(path, classifier.family)
+        found.append(
+            Candidate(
+                module=path,
+                layer=layer,
+                kind=kind,
+                in_features=module.in_features,
+                out_features=module.out_features,
+            )
+        )
+    return tuple(found)
+
+
+def _attach(
+    config: RunConfig, execution: Execution, classifier: Classifier, mask: ModuleMask | None
+) -> tuple[ffa.Places, AdapterLayout, GradientBackend, Tensor]:
+    adapter, seed = config.adapter, PublicSeed.from_int(config.run.seed)
     modules = classifier.target_modules(adapter.targets)
+    places: dict[str, tuple[str, ...]] = {path: (path,) for path in (modules if mask is None else mask.modules)}
+    if mask is not None and adapter.sharing == "type":
+        places |= mask.sharing
     heads = classifier.head_modules() if config.model.head == "trained" else {}
-    places = {path: (path,) for path in modules}
     layout = ffa.build_layout(modules, heads, places=places, rank=adapter.rank, alpha=adapter.alpha)
     factors = ffa.frozen_factors(seed, modules, places, adapter.rank)
     initial_theta = _initial_theta(layout, heads).to(execution.device)
     backend = _make_backend(config, classifier, layout, factors, places)
     if config.private:
         _check_company(config, execution, classifier, backend)
-    return Workbench(
-        config=config,
-        execution=execution,
-        classifier=classifier,
-        layout=layout,
-        places=places,
-        backend=backend,
-        schedule=make_schedule(config),
-        initial_theta=initial_theta,
-    )
+    return places, layout, backend, initial_theta
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
@@ -102,10 +174,11 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Ten
 
 def _check_company(config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend) -> None:
     """Without a head gradients are zero and the check blind: a random one stands in for a prototype head to come."""
-    shape = (classifier.num_labels, classifier.hidden_size)
-    if config.model.head == "prototype":
+    pooled = classifier.head.linear if config.model.head == "prototype" and classifier.head is not None else None
+    if pooled is not None:
+        known = pooled.weight.clone(), pooled.bias.clone()
         draw = PublicSeed.from_int(0).torch("company head")
-        classifier.set_head(torch.randn(shape, generator=draw), torch.zeros(shape[0]))
+        classifier.set_head(torch.randn(pooled.weight.shape, generator=draw), torch.zeros(pooled.bias.shape))
     check_company(
         backend,
         vocabulary=len(classifier.tokenizer),
@@ -114,8 +187,8 @@ def _check_company(config: RunConfig, execution: Execution, classifier: Classifi
         longest=min(config.data.max_length, classifier.tokenizer.model_max_length),
         device=execution.device,
     )
-    if config.model.head == "prototype":
-        classifier.set_head(torch.zeros(shape), torch.zeros(shape[0]))
+    if pooled is not None:
+        classifier.set_head(*known)
 
 
 def _make_backend(

@@ -21,7 +21,7 @@ from fedlora.errors import BudgetRefused, ConfigError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
 
-SCHEMA = 1  # raise it when the search or the pricing changes what it answers
+SCHEMA = 2  # raise it when the search or the pricing changes what it answers
 
 _TOLERANCE = 1e-3  # σ is at most this factor above the smallest one that fits
 _LARGEST_NOISE = 1e8  # beyond, a release carries nothing and the grid sees only rounding
@@ -33,6 +33,7 @@ def calibrate_noise_multiplier(
     delta: float,
     sampling_probability: float,
     num_steps: int,
+    further: Sequence[tuple[float, int]] = (),
     fixed: Sequence[Charge] = (),
     accountant: str = "pld",
 ) -> float:
@@ -43,6 +44,7 @@ def calibrate_noise_multiplier(
         delta: 0 < δ < 1.
         sampling_probability: q of the block to calibrate, 0 < q <= 1.
         num_steps: its releases; 0 needs no noise.
+        further: blocks that get the same σ, each a sampling probability and a number of steps.
         fixed: what else is released in the same run, at noise already decided.
         accountant: "pld" (tight) or "rdp" (looser, so more noise).
 
@@ -64,6 +66,7 @@ def calibrate_noise_multiplier(
         "delta": float(delta),
         "sampling_probability": float(sampling_probability),
         "num_steps": int(num_steps),
+        "further": [[float(probability), int(steps)] for probability, steps in further],
         "fixed": [[c.sampling_probability, c.noise_multiplier, c.num_steps] for c in accounting.merged(fixed)],
         "accountant": accountant,
         "dp_accounting": metadata.version("dp-accounting"),
@@ -71,7 +74,8 @@ def calibrate_noise_multiplier(
     }
 
     def release(sigma: float) -> list[Charge]:
-        return [*fixed, Charge(sampling_probability, sigma, num_steps)]
+        blocks = [(sampling_probability, num_steps), *further]
+        return [*fixed, *(Charge(probability, sigma, steps) for probability, steps in blocks)]
 
     def search() -> float:
         _check_room(epsilon, accounting.epsilon(fixed, delta, accountant), delta)
@@ -93,7 +97,8 @@ def _check_room(target: float, spent: float, delta: float) -> None:
         raise BudgetRefused(
             f"the releases already fixed cost epsilon = {spent:.4g} at delta = {delta:g}, and the target is "
             f"{target:g}: nothing is left for training; give them more noise (privacy.prototype_noise_multiplier, "
-            "privacy.evaluation_noise_multiplier), drop them, or raise privacy.epsilon"
+            "privacy.alignment_noise_multiplier, privacy.evaluation_noise_multiplier), drop them, or raise "
+            "privacy.epsilon"
         )
 
 

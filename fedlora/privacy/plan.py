@@ -139,7 +139,8 @@ def _no_dearer(one: Charge, other: Charge) -> bool:
 def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, int], client: int) -> PrivacyPlan:
     """The plan of a site with `num_examples` records that does `num_steps` private steps in each phase.
 
-    Warm-up and fine-tuning share one noise multiplier, chosen so that all phases together meet ε.
+    All training, in warm-up, bilevel search and fine-tuning, has one noise multiplier, so chosen that everything
+    together meets ε.
 
     With ε = inf the same plan without noise: its ε is inf. So is that of a mechanism which protects nothing, with the
     noise that a sound one would need.
@@ -147,7 +148,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
     Raises:
         UnsoundMechanism: the mechanism protects nothing and privacy.allow_unsound is not set.
         DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
-        BudgetRefused: the phases beside warm-up and fine-tuning alone exceed ε.
+        BudgetRefused: the phases beside training alone exceed ε.
     """
     privacy, batch = config.privacy, config.training.expected_batch_size
     if config.unsound and not privacy.allow_unsound:
@@ -168,7 +169,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
         )
     probability = batch / num_examples
     before, after = _prototype_phases(config), evaluation_phases(config)
-    search = (*_alignment_phases(config), *_bilevel_phases(config, probability, num_steps.get(BILEVEL, 0), client))
+    alignment, searched = _alignment_phases(config), num_steps.get(BILEVEL, 0)
     trained = num_steps.get(WARMUP, 0) + num_steps.get(FINETUNE, 0)
     noise_multiplier = 0.0
     if noisy and trained:
@@ -177,7 +178,8 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
             delta=privacy.delta,
             sampling_probability=probability,
             num_steps=trained,
-            fixed=[phase.charge() for phase in (*before, *search, *after)],
+            further=[(_search_probability(config, probability, client), searched)] if searched else [],
+            fixed=[phase.charge() for phase in (*before, *alignment, *after)],
             accountant=privacy.accountant,
         )
     warmup, finetune = (
@@ -192,9 +194,9 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
         for name in (WARMUP, FINETUNE)
     )
     warmups = (warmup,) if config.warmup_rounds else ()
-    plan = PrivacyPlan(
-        phases=(*before, *warmups, *search, finetune, *after), delta=privacy.delta, accountant=privacy.accountant
-    )
+    bilevel = (_bilevel_phase(config, probability, noise_multiplier, searched, client),) if config.search_rounds else ()
+    phases = (*before, *warmups, *alignment, *bilevel, finetune, *after)
+    plan = PrivacyPlan(phases=phases, delta=privacy.delta, accountant=privacy.accountant)
     spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
     if spends > privacy.epsilon and not config.unsound:
         raise BudgetRefused(
@@ -219,22 +221,13 @@ def _alignment_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     return (_one_release(config, ALIGNMENT, 1.0, noise_multiplier, kind="automatic"),)
 
 
-def _bilevel_phases(config: RunConfig, probability: float, num_steps: int, client: int) -> tuple[PhasePlan, ...]:
-    """Steps on weights and, beside them, on gates, each on its half of the records.
-
-    How many records a half has is private: both sample at twice the rate, which is public, so that a batch of either
-    has about the expected size.
-    """
-    if config.adapter.select != "bilevel":
-        return ()
-    if probability > 0.5:
-        raise DataError(
-            f"training.expected_batch_size = {config.training.expected_batch_size} is more than half the records of "
-            f"client {client}, but adapter.select = bilevel trains on halves; lower it"
-        )
-    privacy, sampler = config.privacy, PoissonSampler(2 * probability)
-    multiplier = privacy.bilevel_noise_multiplier if math.isfinite(privacy.epsilon) else 0.0
-    mechanism = make_mechanism(privacy, multiplier)
+def _bilevel_phase(
+    config: RunConfig, probability: float, noise_multiplier: float, num_steps: int, client: int
+) -> PhasePlan:
+    """Steps on weights and, beside them, on gates, each on its half of the records."""
+    privacy = config.privacy
+    sampler = PoissonSampler(_search_probability(config, probability, client))
+    mechanism = make_mechanism(privacy, noise_multiplier)
     gates = PhasePlan(
         name="gates",
         sampler=sampler,
@@ -242,7 +235,7 @@ def _bilevel_phases(config: RunConfig, probability: float, num_steps: int, clien
         mechanism=GaussianMechanism(mechanism.effective_noise_multiplier),
         num_steps=num_steps,
     )
-    weights = PhasePlan(
+    return PhasePlan(
         name=BILEVEL,
         sampler=sampler,
         clipping=Clipping(privacy.clipping, privacy.clip_norm),
@@ -251,7 +244,20 @@ def _bilevel_phases(config: RunConfig, probability: float, num_steps: int, clien
         projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
         beside=gates,
     )
-    return (weights,)
+
+
+def _search_probability(config: RunConfig, probability: float, client: int) -> float:
+    """Of a record for a batch of its half. How many records a half has is private: twice the rate of all is not.
+
+    Raises:
+        DataError: that is above 1.
+    """
+    if probability > 0.5:
+        raise DataError(
+            f"training.expected_batch_size = {config.training.expected_batch_size} is more than half the records of "
+            f"client {client}, but adapter.select = bilevel trains on halves; lower it"
+        )
+    return 2 * probability
 
 
 def evaluation_phases(config: RunConfig) -> tuple[PhasePlan, ...]:

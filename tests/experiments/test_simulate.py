@@ -388,5 +388,5 @@ def test_a_run_that_died_in_its_prototype_release_starts_anew(make_run: MakeRun)
     folder = RunFolder.create(config)
     with pytest.raises(Killed):
         _serve(config, folder, dies_at=0)
-    with pytest.raises(RunFolderError, match="released their prototypes"):
+    with pytest.raises(RunFolderError, match="released their prototype numbers"):
         _serve(config, folder, dies_at=None)

@@ -1,0 +1,73 @@
+"""Clipped sums over records: the one place where what a single record has to say is seen.
+
+Each record's gradient, or a vector made of it, is clipped and added up per client at once. What comes out is private
+still: `PhasePlan.privatize` makes it fit to leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlora.data.encode import EncodedDataset
+from fedlora.engine.backend import GradientBackend
+from fedlora.engine.batching import FixedShape, fixed_shapes
+from fedlora.privacy.plan import PhasePlan
+
+Vectors = Callable[[list[Tensor], Tensor], Sequence[Tensor]]
+"""From gradients (one [N, size] per slot) and owners [N] to the vectors that are clipped, as one [N, width] or more.
+A record's row of the result may depend on its own row and owner alone."""
+
+
+def clipped_sums(
+    backend: GradientBackend,
+    dataset: EncodedDataset,
+    drawn: Sequence[np.ndarray],
+    rows: Tensor,
+    phase: PhasePlan,
+    *,
+    token_budget: int,
+    vectors: Vectors | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """Sum over each client's records of their clipped vectors, [K, width] float64.
+
+    Args:
+        backend: gives the per-record gradients.
+        dataset: all clients' encoded records.
+        drawn: by client, positions of the records of this step, int64; possibly none.
+        rows: [K, P] float32, where each client's gradients are taken.
+        phase: projects and clips; the same for all clients.
+        token_budget: padded tokens of a micro-batch.
+        vectors: what is clipped; the gradients themselves by default.
+        width: numbers in a record's vector; P by default.
+    """
+    records = np.concatenate(drawn)
+    owner = np.repeat(np.arange(len(drawn)), [len(part) for part in drawn])
+    totals = torch.zeros(len(rows), width or rows.shape[1], dtype=torch.float64, device=rows.device)
+    for group in _groups(dataset, records, owner, token_budget, fused=backend.fuses_clients):
+        batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
+        owners = torch.from_numpy(owner[group.positions]).to(rows.device)
+        everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
+        gradients = [part[: len(owners)] for part in backend.gradients(rows.detach(), batch, labels, everyone)]
+        phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, owners), owners)
+    return totals
+
+
+def _groups(
+    dataset: EncodedDataset, records: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool
+) -> Iterator[FixedShape]:
+    """Micro-batches over all clients or, where the back end takes one at a time, client by client."""
+    lengths = dataset.lengths[records]
+    if fused:
+        yield from fixed_shapes(lengths, token_budget, dataset.longest)
+        return
+    for client in np.unique(owner):
+        positions = np.flatnonzero(owner == client)
+        for group in fixed_shapes(lengths[positions], token_budget, dataset.longest):
+            yield replace(group, positions=positions[group.positions])
