@@ -27,6 +27,7 @@ from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.schedule import ScheduledRound, make_schedule
+from fedlora.federation.selection import check_selection
 from fedlora.federation.server import (
     Reply,
     RoundReport,
@@ -41,7 +42,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.sites import encode_training_data, load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import EVALUATION, PROTOTYPE
+from fedlora.privacy.plan import ALIGNMENT, EVALUATION, PROTOTYPE
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed
 
@@ -135,6 +136,7 @@ def _prepare(config: RunConfig, policy: SitePolicy | None) -> _Prepared:
     data = load_simulated_data(config)
     sites = make_sites(config, data, make_schedule(config), policy)
     workbench = build_workbench(resolve(config))
+    check_selection(workbench)
     dataset = encode_training_data(workbench, data)
     return _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench))
 
@@ -283,9 +285,10 @@ def _give_up_asked_round(folder: RunFolder, workbench: Workbench, state: ServerS
     if asked < state.next_round:
         return
     entry = workbench.schedule[asked]
-    if entry.phase == PROTOTYPE:
+    if entry.phase in (PROTOTYPE, ALIGNMENT):
         raise RunFolderError(
-            f"cannot resume {folder.path}: it stopped while the sites released their prototypes; start the run anew"
+            f"cannot resume {folder.path}: it stopped while the sites released their {entry.phase} numbers, which the "
+            "rest builds on; start the run anew"
         )
     state.facts |= {client: charged(client, entry, workbench, state.facts.get(client)) for client in entry.clients}
     state.next_round = asked + 1
@@ -314,7 +317,7 @@ def _finish(
         head=state.head,
         max_length=config.data.max_length,
     )
-    rounds = folder.read_rounds()
+    rounds, selection = folder.read_rounds(), state.search.selection
     trained = [line for line in rounds if line["phase"] != EVALUATION]
     metrics = trained[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
     clients = [state.facts[client] for client in sorted(state.facts)]
@@ -329,6 +332,7 @@ def _finish(
         },
         metrics=metrics,
         private_evaluation=_private_evaluation(config, workbench, rounds),
+        selection=None if selection is None else selection.to_json(),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         clients=clients,
