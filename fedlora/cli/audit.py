@@ -33,8 +33,12 @@ def audit(
     level: Annotated[Level, typer.Option(help="mechanism (crafted gradients), training (canaries in a run) or all")] = (
         Level.ALL
     ),
-    trials: Annotated[int, typer.Option(help="releases with the record, and as many without", min=100)] = 30_000,
-    canaries: Annotated[int, typer.Option(help="made-up records, each in with probability 1/2", min=20)] = 500,
+    trials: Annotated[
+        int, typer.Option(help="releases with the record, and as many without", min=100, max=1_000_000)
+    ] = 30_000,
+    canaries: Annotated[
+        int, typer.Option(help="made-up records, each in with probability 1/2", min=20, max=20_000)
+    ] = 500,
     out: Annotated[
         Path | None, typer.Option(help="folder, new or empty; default audits/<task>-<method>-<time>")
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,8 @@ def budget(
     from fedlora.privacy.policy import SitePolicy
 
     check_delta(delta)
+    if head is not None and not re.fullmatch("[0-9a-f]{64}", head):
+        raise ConfigError(f"--head {head!r} is no digest; wanted the 64 digits (0-9, a-f) that --verify printed")
     if verify and policy:
         raise ConfigError("--verify looks at rows and not at caps, so --policy has no say in it; leave one of them out")
     if verify:

@@ -6,8 +6,10 @@ Nothing here leaves the process but scores of planted gradients and of made-up c
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +35,8 @@ FRESH_NOISE = "fresh noise, every round and site"
 INDEPENDENT = "independent, σ·C"
 """What is claimed of it; σ is the charged one."""
 FEWEST_TRIALS, FEWEST_CANARIES = 100, 20
+MOST_TRIALS, MOST_CANARIES = 1_000_000, 20_000
+"""The uncertainty of a bound falls with their square root: more of them gain next to nothing and fill the memory."""
 
 
 class AuditProgress(Protocol):
@@ -88,6 +92,11 @@ def audit(
             f"{trials} trials and {canaries} canaries, wanted at least {FEWEST_TRIALS} and {FEWEST_CANARIES}: "
             "fewer can show nothing"
         )
+    if trials > MOST_TRIALS or canaries > MOST_CANARIES:
+        raise ConfigError(
+            f"{trials} trials and {canaries} canaries, wanted at most {MOST_TRIALS} and {MOST_CANARIES}: "
+            "more would show next to nothing more"
+        )
     folder = _free_folder(config, out)
     evidence, releases = _collect(config, level, trials, canaries, progress)
     error = ERROR / (len(evidence) + bool(releases))
@@ -133,13 +142,31 @@ def _free_folder(config: RunConfig, out: Path | None) -> Path:
     """Where to write, checked before any work is done.
 
     Raises:
-        RunFolderError: there is something already.
+        RunFolderError: there is something already, or it cannot be made.
     """
     name = f"{config.data.task}-{config.adapter.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = out or Path("audits") / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder} is there already and is left as it is; choose another with --out")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunFolderError(f"{folder} is there already and is left as it is; choose another with --out")
+        _try_to_make(folder)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise RunFolderError(f"cannot make the audit folder {folder}: {reason}; choose another with --out") from error
     return folder
+
+
+def _try_to_make(folder: Path) -> None:
+    """Make it and whatever is missing above it, write a file, and leave nothing of that."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in missing:
+            with suppress(OSError):  # not made
+                path.rmdir()
 
 
 def _report(config: RunConfig, found: Audited, *, level: str, trials: int, canaries: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunFolderError
 from fedlora.experiments import audit as audit_module
 from fedlora.experiments import audit_mechanism as audit_mechanism_module
-from fedlora.experiments.audit import audit
+from fedlora.experiments.audit import MOST_CANARIES, MOST_TRIALS, audit
 from fedlora.experiments.audit_mechanism import Stage, audit_mechanism, mechanism_work, release_cases, whole_batch
 from fedlora.experiments.audit_noise import noise_config, released_noise
 from fedlora.experiments.audit_training import audit_training, small_config
@@ -452,3 +452,33 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         audit(RECIPE, level="all", trials=100, canaries=20, out=tmp_path / "file", progress=Silent())
     with pytest.raises(ConfigError, match="can show nothing"):
         audit(RECIPE, level="all", trials=5, canaries=20, out=None, progress=Silent())
+    for trials, canaries in ((MOST_TRIALS + 1, 20), (100, MOST_CANARIES + 1)):
+        with pytest.raises(ConfigError, match="wanted at most 1000000 and 20000"):
+            audit(RECIPE, level="all", trials=trials, canaries=canaries, out=None, progress=Silent())
+
+
+@pytest.mark.parametrize("name", ["file/sub", "new/" + "x" * 300, "nul\0", "/proc/new"])
+def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot make the audit folder"):
+        audit(RECIPE, level="all", trials=100, canaries=20, out=tmp_path / name, progress=Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_be_made_is_not_there_before_there_is_something_to_put_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any) -> None:
+        raise ConfigError("no such data")
+
+    monkeypatch.setattr(audit_module, "_collect", failed)
+    with pytest.raises(ConfigError, match="no such data"):
+        audit(RECIPE, level="all", trials=100, canaries=20, out=tmp_path / "new" / "audit", progress=Silent())
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(("option", "most"), [("--trials", MOST_TRIALS), ("--canaries", MOST_CANARIES)])
+def test_the_command_has_the_same_limits(command: Callable[..., tuple[int, str, str]], option: str, most: int) -> None:
+    code, out, err = command(option, str(most + 1))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"'{option}': {most + 1} is not in the range" in err

@@ -204,6 +204,16 @@ def test_a_head_is_printed_and_found_again(say: Say, path: Path) -> None:
     assert "head noted before" in err
 
 
+@pytest.mark.parametrize("head", ["", "abc", "0" * 63, "0" * 65, "g" * 64, "A" * 64])
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_no_digest_is_a_wrong_argument_and_no_broken_ledger(
+    say: Say, path: Path, head: str, verify: bool
+) -> None:
+    code, out, err = say(path, "--head", head, *(["--verify"] if verify else []))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is no digest; wanted the 64 digits" in err
+
+
 def test_a_broken_ledger_is_one_line(say: Say, path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("UPDATE entry SET num_steps = 1 WHERE id = 4")
