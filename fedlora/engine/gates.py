@@ -136,6 +136,17 @@ class SearchJob:
     sampling: np.random.Generator = field(repr=False)
     noise: NoiseSource = field(repr=False)
 
+    @property
+    def gate_phase(self) -> PhasePlan:
+        """Its own sampling rate and noise: sites of other sizes have others.
+
+        Raises:
+            PrivacyError: the plan has none.
+        """
+        if self.phase.beside is None:
+            raise PrivacyError(f"phase {self.phase.name} plans no steps of gates; search under a plan of bilevel")
+        return self.phase.beside
+
 
 def search(
     backend: GradientBackend,
@@ -170,11 +181,11 @@ def search(
         Per client its weights and then its gates' logits, [P + M] float32.
 
     Raises:
-        PrivacyError: the jobs' phases clip differently.
+        PrivacyError: the jobs' phases clip differently, or one plans no steps of gates.
     """
-    phase, gate_phase = jobs[0].phase, jobs[0].phase.beside
-    if gate_phase is None or len({(job.phase.clipping, job.phase.projection) for job in jobs}) > 1:
-        raise PrivacyError("jobs of one search clip differently or plan no steps of gates; search in separate calls")
+    phase, gate_phase = jobs[0].phase, jobs[0].gate_phase
+    if len({(job.phase.clipping, job.phase.projection, job.gate_phase.clipping) for job in jobs}) > 1:
+        raise PrivacyError("jobs of one search project or clip differently; search in separate calls")
     rows, gate_rows = theta.repeat(len(jobs), 1), logits.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
     optimizer = make_optimizer(training, learning_rate, parameters)
@@ -193,7 +204,7 @@ def search(
         )
 
     def gate_sums(gates: Tensor) -> Tensor:
-        drawn = [_draw(gate_phase, job.gate_records, job.sampling) for job in jobs]
+        drawn = [_draw(job.gate_phase, job.gate_records, job.sampling) for job in jobs]
         slopes = (gates * (1 - gates / 2)).double()  # of each gate over its logit
         return clipped_sums(
             backend,
@@ -213,8 +224,7 @@ def search(
             parameter.grad = released.div_(batch_size)
         optimizer.step()
         for row, job, total in zip(gate_rows, jobs, gate_sums(gates), strict=True):
-            beside: PhasePlan = job.phase.beside or gate_phase
-            released = beside.privatize(total, noise=job.noise, slot_sizes=(logits.numel(),))
+            released = job.gate_phase.privatize(total, noise=job.noise, slot_sizes=(logits.numel(),))
             row.sub_(released, alpha=gate_learning_rate / batch_size)
     return list(torch.cat([rows.detach(), gate_rows], dim=1))
 
