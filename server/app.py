@@ -11,6 +11,7 @@ from fedlora.config import RunConfig
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import run_server
+from fedlora.federation.selection import check_selection
 from fedlora.federation.workbench import Workbench, build_workbench
 from server.transport import NODES_DEADLINE, ROUND_TIMEOUT, GridTransport, enrol
 
@@ -37,8 +38,10 @@ def connect(
 
     Raises:
         ModelError: the model or a target module cannot be found.
+        ConfigError: modules cannot be chosen as asked.
         FedloraError: the nodes do not become the clients of this run before the deadline.
     """
     workbench = build_workbench(config)
+    check_selection(workbench)
     nodes = enrol(grid, config.federation.clients, nodes_deadline)
     return workbench, GridTransport(grid=grid, nodes=nodes, timeout=round_timeout)

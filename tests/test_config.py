@@ -288,6 +288,8 @@ def test_every_key_that_decides_the_result_is_in_the_digest(section: str) -> Non
         tables: dict[str, dict[str, Any]] = {section: {spec.name: value}}
         if (section, spec.name) == ("data", "partition"):
             tables["data"]["partition"] = "dirichlet"
+        if select := {"mask": "mask", "probe_texts": "probe"}.get(spec.name):
+            tables["adapter"]["select"] = select
         changed = RunConfig.from_mapping(tables)
         same = (section, spec.name) in {("run", "out"), ("run", "transport")}
         assert (changed.digest() == reference.digest()) == same, f"{section}.{spec.name}"
