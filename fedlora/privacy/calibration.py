@@ -43,7 +43,7 @@ def calibrate_noise_multiplier(
         epsilon: target for everything together; infinity asks for no privacy.
         delta: 0 < δ < 1.
         sampling_probability: q of the block to calibrate, 0 < q <= 1.
-        num_steps: its releases; 0 needs no noise.
+        num_steps: its releases; 0 for none.
         further: blocks that get the same σ, each a sampling probability and a number of steps.
         fixed: what else is released in the same run, at noise already decided.
         accountant: "pld" (tight) or "rdp" (looser, so more noise).
@@ -58,8 +58,10 @@ def calibrate_noise_multiplier(
     if not epsilon > 0:
         raise ConfigError(f"epsilon = {epsilon}, wanted above 0; inf asks for no privacy")
     accounting.check_delta(delta)
-    Charge(sampling_probability, 1.0, num_steps)  # its checks
-    if math.isinf(epsilon) or num_steps == 0:
+    blocks = [(sampling_probability, num_steps), *further]
+    for probability, steps in blocks:
+        Charge(probability, 1.0, steps)  # its checks
+    if math.isinf(epsilon) or not any(steps for _, steps in blocks):
         return 0.0
     question = {
         "epsilon": float(epsilon),
@@ -74,12 +76,11 @@ def calibrate_noise_multiplier(
     }
 
     def release(sigma: float) -> list[Charge]:
-        blocks = [(sampling_probability, num_steps), *further]
         return [*fixed, *(Charge(probability, sigma, steps) for probability, steps in blocks)]
 
     def search() -> float:
         _check_room(epsilon, accounting.epsilon(fixed, delta, accountant), delta)
-        guess = _guess(epsilon, delta, sampling_probability, num_steps)
+        guess = _guess(epsilon, delta, *next(block for block in blocks if block[1]))
         guess = _smallest_noise(lambda s: accounting.rough_epsilon(release(s), delta, accountant), epsilon, guess, 0.1)
         return _smallest_noise(
             lambda s: accounting.epsilon(release(s), delta, accountant), epsilon, guess, 2 * _TOLERANCE

@@ -172,7 +172,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
     alignment, searched = _alignment_phases(config), num_steps.get(BILEVEL, 0)
     trained = num_steps.get(WARMUP, 0) + num_steps.get(FINETUNE, 0)
     noise_multiplier = 0.0
-    if noisy and trained:
+    if noisy and trained + searched:
         noise_multiplier = calibrate_noise_multiplier(
             epsilon=privacy.epsilon,
             delta=privacy.delta,

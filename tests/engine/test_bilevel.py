@@ -176,7 +176,7 @@ def test_jobs_that_clip_differently_or_plan_no_gates_are_refused(table_backend: 
     ):
         for phases in ((sound, other), (other, sound)):
             jobs = [job_of([0, 1], [2], phase, client) for client, phase in enumerate(phases)]
-            with pytest.raises(PrivacyError, match="search in separate calls|plans no steps of gates"):
+            with pytest.raises(PrivacyError, match=r"search in separate calls|plans no steps of gates"):
                 searched(backend, jobs)
 
 

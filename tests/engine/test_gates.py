@@ -163,7 +163,7 @@ def test_alignment_is_the_clipped_sum_of_a_loop_over_single_records(
     wanted = loop_over_records(bench.config, bench.layout, bench.places, start[None], dataset, alone)
     rows = -gated.products(wanted, directions[None], alone)
     rows /= rows.norm(dim=1, keepdim=True) + AUTOMATIC_STABILITY
-    records = [np.flatnonzero(OWNER == client) for client in range(2)]
+    records = [np.flatnonzero(client == OWNER) for client in range(2)]
     for budget in (1, 40, 10_000):
         found = alignment_sums(
             bench.backend,

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
 
 from fedlora.config import RunConfig
-from fedlora.federation.schedule import make_schedule
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE
+from fedlora.federation.schedule import make_schedule, planned_steps
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 
 
 def schedule_of(*overrides: str) -> tuple[Any, ...]:
@@ -59,3 +59,52 @@ def test_the_linear_rate_falls_to_zero_after_the_last_round_and_the_constant_one
     assert steps == {0.1}
     constant = schedule_of("model.head=frozen", "training.learning_rate=2", "training.schedule=constant")
     assert {entry.learning_rate for entry in constant} == {2.0}
+
+
+# ----------------------------------------------------------------------------------------------------------- search
+
+ORDERS = {
+    "none": [(FINETUNE, 20)],
+    "all": [(FINETUNE, 20)],
+    "random": [(FINETUNE, 20)],
+    "probe": [(FINETUNE, 20)],
+    "warmup": [(WARMUP, 3), (FINETUNE, 17)],
+    "alignment": [(WARMUP, 3), (ALIGNMENT, 1), (FINETUNE, 17)],
+    "bilevel": [(WARMUP, 3), (BILEVEL, 4), (FINETUNE, 13)],
+}
+SEARCHED = ("adapter.warmup_rounds=3", "adapter.search_rounds=4", "federation.local_steps=5")
+
+
+@pytest.mark.parametrize("head", ["prototype", "frozen"])
+@pytest.mark.parametrize("select", ORDERS)
+def test_a_search_comes_between_prototypes_and_fine_tuning_and_takes_of_the_rounds(select: str, head: str) -> None:
+    """All training together is `federation.rounds` rounds; only releases without training come on top."""
+    schedule = schedule_of(
+        *SEARCHED, f"adapter.select={select}", f"model.head={head}", "federation.private_evaluation=true"
+    )
+    ran = [(phase, len(list(entries))) for phase, entries in groupby(entry.phase for entry in schedule)]
+    assert ran == [*([(PROTOTYPE, 1)] if head == "prototype" else []), *ORDERS[select], (EVALUATION, 1)]
+    assert [entry.index for entry in schedule] == list(range(len(schedule)))
+    for entry in schedule:
+        assert entry.num_steps == (5 if entry.phase in (WARMUP, BILEVEL, FINETUNE) else 1)
+
+
+def test_everyone_scores_modules_whoever_trained_and_each_is_planned_for_its_own_rounds() -> None:
+    schedule = schedule_of(*SEARCHED, "adapter.select=alignment", "federation.participation=0.3", "model.head=frozen")
+    (scored,) = [entry for entry in schedule if entry.phase == ALIGNMENT]
+    assert scored.clients == tuple(range(10))
+    for client in range(10):
+        planned = planned_steps(schedule, client)
+        assert planned[ALIGNMENT] == 1
+        for phase in (WARMUP, FINETUNE):
+            rounds = [entry for entry in schedule if entry.phase == phase and client in entry.clients]
+            assert planned.get(phase, 0) == 5 * len(rounds)
+
+
+def test_rates_and_cohorts_go_on_through_a_search_as_if_there_were_none() -> None:
+    options = ("federation.participation=0.3", "model.head=frozen")
+    plain = schedule_of(*options)
+    for select in ("warmup", "alignment", "bilevel"):
+        trained = [e for e in schedule_of(*SEARCHED, *options, f"adapter.select={select}") if e.phase != ALIGNMENT]
+        assert [e.clients for e in trained] == [e.clients for e in plain]
+        assert [e.learning_rate for e in trained] == [e.learning_rate for e in plain]

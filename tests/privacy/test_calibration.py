@@ -84,9 +84,59 @@ def test_golden_numbers(probability: float, steps: int, target: float, sigma: fl
     assert found == pytest.approx(sigma, rel=2e-3)
 
 
+FURTHER: list[dict[str, Any]] = [
+    {"sampling_probability": 0.05, "num_steps": 50, "further": [(0.1, 30)], "epsilon": 2.0},
+    {"sampling_probability": 0.02, "num_steps": 300, "further": [(0.04, 40)], "fixed": [PROTOTYPE], "epsilon": 6.0},
+    {"sampling_probability": 0.01, "num_steps": 10, "further": [(0.2, 400), (1.0, 2)], "epsilon": 4.0},
+    {"sampling_probability": 0.05, "num_steps": 0, "further": [(0.1, 30)], "epsilon": 1.0},
+]
+
+
+@pytest.mark.parametrize("case", FURTHER, ids=str)
+def test_blocks_that_share_the_noise_are_priced_with_it(case: dict[str, Any]) -> None:
+    """The same σ as a bisection over dp-accounting's own composition, and never less than it asks for."""
+    from dp_accounting import dp_event
+    from dp_accounting.pld import PLDAccountant
+
+    def price(sigma: float) -> float:
+        exact = PLDAccountant(value_discretization_interval=1e-3)
+        blocks = [(case["sampling_probability"], sigma, case["num_steps"])]
+        blocks += [(probability, sigma, steps) for probability, steps in case["further"]]
+        blocks += [(c.sampling_probability, c.noise_multiplier, c.num_steps) for c in case.get("fixed", [])]
+        for probability, noise, steps in blocks:
+            event: Any = dp_event.GaussianDpEvent(noise)
+            if probability < 1:
+                event = dp_event.PoissonSampledDpEvent(probability, event)
+            if steps:
+                exact.compose(dp_event.SelfComposedDpEvent(event, steps))
+        return float(exact.get_epsilon(DELTA))
+
+    low, high = 0.3, 30.0
+    while high / low > 1 + 1e-4:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if price(middle) <= case["epsilon"] else (middle, high)
+    found = calibrate_noise_multiplier(delta=DELTA, **case)
+    assert low * (1 - 1e-3) <= found <= high * (1 + 1.5e-3)  # dp-accounting's price depends on its grid by so much
+    blocks = [(case["sampling_probability"], case["num_steps"]), *case["further"]]
+    charges = [*case.get("fixed", []), *(Charge(q, found, steps) for q, steps in blocks)]
+    assert epsilon(charges, DELTA) <= case["epsilon"]
+
+
+def test_a_remembered_answer_is_not_given_for_other_blocks(searches: list[float]) -> None:
+    """Noise that is enough without a block is too little with it."""
+    found = {}
+    for further in ((), ((0.2, 100),), ((0.4, 100),), ((0.2, 101),)):
+        ran = len(searches)
+        found[further] = calibrate_noise_multiplier(**QUESTION, further=further)
+        assert len(searches) > ran
+        assert calibrate_noise_multiplier(**QUESTION, further=list(further)) == found[further]
+    assert found[()] < found[(0.2, 100),] < found[(0.2, 101),] < found[(0.4, 100),]
+
+
 def test_no_noise_where_none_is_needed(memory: Path) -> None:
     assert calibrate_noise_multiplier(**{**QUESTION, "epsilon": math.inf}) == 0
     assert calibrate_noise_multiplier(**{**QUESTION, "num_steps": 0}) == 0
+    assert calibrate_noise_multiplier(**{**QUESTION, "num_steps": 0}, further=[(0.4, 0)]) == 0
     assert not memory.exists()
 
 
@@ -120,6 +170,8 @@ def test_a_target_that_no_noise_can_meet_is_refused() -> None:
         {"epsilon": -1.0},
         {"sampling_probability": 0.0},
         {"num_steps": -1},
+        {"further": [(1.5, 10)]},
+        {"further": [(0.2, -1)]},
         {"accountant": "gdp"},
     ],
     ids=str,
