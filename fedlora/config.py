@@ -67,6 +67,11 @@ class AdapterConfig(Section, section="adapter"):
     warmup_rounds: int = setting(
         2, "of federation.rounds, on all targets, before alignment, warmup or bilevel choose", at_least=0
     )
+    alignment_records: int = setting(
+        2048,
+        "expected number of a client's records that alignment scores modules on; all if there are fewer",
+        at_least=1,
+    )
     search_rounds: int = setting(2, "of federation.rounds, of select = bilevel: weights and gates in turn", at_least=1)
     gate_learning_rate: float = setting(1.0, "of the gates of select = bilevel", above=0)
     mask: str = setting("", "file with the choice itself, for select = mask: a selection.json, or a list of modules")

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
+from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
 HERE = Path(__file__).parent
@@ -43,7 +41,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "low_pass-0.5": ("privacy.low_pass=0.5",),
     "gredp-complex": ("privacy.mechanism=gredp", "privacy.gredp_noise=complex"),
 }
-CONFIDENCE = 0.95
 
 
 def record_file(variant: str, seed: int) -> Path:
@@ -77,38 +74,14 @@ def table(variants: Sequence[str]) -> str:
         if not paired:
             continue
         values = [own for own, _ in paired]
-        head = f"| {variant} | {len(values)} | {statistics.mean(values):.4f} ± {_spread(values):.4f}"
+        head = f"| {variant} | {len(values)} | {statistics.mean(values):.4f} ± {spread(values):.4f}"
         if variant == "none":
             lines.append(f"{head} | | | |")
             continue
         differences = [own - plain for own, plain in paired]
-        mean, half = statistics.mean(differences), half_width(differences)
-        interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "unknown"
-        shown = f"{mean:+.4f} ± {_spread(differences):.4f}"
-        lines.append(f"{head} | {shown} | {interval} | {verdict(differences)} |")
+        shown = f"{statistics.mean(differences):+.4f} ± {spread(differences):.4f}"
+        lines.append(f"{head} | {shown} | {interval(differences)} | {verdict(differences)} |")
     return "\n".join(lines)
-
-
-def half_width(differences: Sequence[float]) -> float:
-    """Of Student's interval for the mean; infinite for a single difference."""
-    if len(differences) < 2:
-        return math.inf
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-    return quantile * _spread(differences) / math.sqrt(len(differences))
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """What the interval allows to say; accuracies come in steps, so that two seeds may agree by chance."""
-    mean, half = statistics.mean(differences), half_width(differences)
-    if len(differences) < 3:
-        return "too few seeds"
-    if abs(mean) <= half:
-        return "no difference seen"
-    return "gains" if mean > 0 else "loses"
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def write_page(text: str) -> None:

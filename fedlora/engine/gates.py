@@ -106,11 +106,11 @@ def alignment_sums(
 
     Args:
         backend, dataset, token_budget: as in `clipped_sums`.
-        records: positions of each client's records.
+        records: positions of each client's records, as drawn.
         start: [P] float32, where gradients are taken: B = 0.
         directions: [P] float32, of `GatedSlots.directions`; released, thus public.
         gated: the modules that get a score.
-        phase: clips; one step over all records.
+        phase: clips.
     """
     toward = directions[None].expand(len(records), -1)
     return clipped_sums(

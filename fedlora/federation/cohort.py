@@ -21,7 +21,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, PhasePlan
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
 
 LARGEST_VALUE = 10.0
 """Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
@@ -186,30 +186,31 @@ class Cohort:
         )
         return [row.cpu() for row in found]
 
-    def _release(self, sums: Callable[[Site, PhasePlan], Tensor], entry: ScheduledRound) -> list[Tensor]:
+    def _release(self, sums: Callable[[Site, ScheduledRound], Tensor], entry: ScheduledRound) -> list[Tensor]:
         """One noised sum over each site's records."""
         sizes = [slot.size for slot in self.workbench.payload_layout(entry.phase).slots]
         released = []
         for site in self.sites:
-            phase = site.plan[entry.phase]
-            total, noise = sums(site, phase), self._noise(site, entry.index)
-            released.append(phase.privatize(total, noise=noise, slot_sizes=sizes).cpu())
+            total, noise = sums(site, entry), self._noise(site, entry.index)
+            released.append(site.plan[entry.phase].privatize(total, noise=noise, slot_sizes=sizes).cpu())
         return released
 
-    def _class_sums(self, site: Site, phase: PhasePlan) -> Tensor:
-        bench, layout = self.workbench, self.workbench.payload_layout(phase.name)
+    def _class_sums(self, site: Site, entry: ScheduledRound) -> Tensor:
+        bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
         return class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
 
-    def _confusion_counts(self, theta: Tensor, site: Site, phase: PhasePlan) -> Tensor:
-        bench, layout = self.workbench, self.workbench.payload_layout(phase.name)
+    def _confusion_counts(self, theta: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
+        bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
         return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget)
 
-    def _alignment_sums(self, directions: Tensor, site: Site, phase: PhasePlan) -> Tensor:
-        bench = self.workbench
+    def _alignment_sums(self, directions: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
+        bench, phase = self.workbench, site.plan[entry.phase]
+        sampling = site.secret.numpy("sampling", site.client, entry.index)
+        drawn = site.records[phase.sampler.draw(len(site.records), sampling)]
         sums = alignment_sums(
             bench.backend,
             self.dataset,
-            [site.records],
+            [drawn],
             start=bench.initial_theta,
             directions=directions,
             gated=bench.gated,

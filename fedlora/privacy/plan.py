@@ -169,7 +169,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
         )
     probability = batch / num_examples
     before, after = _prototype_phases(config), evaluation_phases(config)
-    alignment, searched = _alignment_phases(config), num_steps.get(BILEVEL, 0)
+    alignment, searched = _alignment_phases(config, num_examples), num_steps.get(BILEVEL, 0)
     trained = num_steps.get(WARMUP, 0) + num_steps.get(FINETUNE, 0)
     noise_multiplier = 0.0
     if noisy and trained + searched:
@@ -213,12 +213,13 @@ def _prototype_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
     return (_one_release(config, PROTOTYPE, math.sqrt(2.0), config.privacy.prototype_noise_multiplier),)
 
 
-def _alignment_phases(config: RunConfig) -> tuple[PhasePlan, ...]:
+def _alignment_phases(config: RunConfig, num_examples: int) -> tuple[PhasePlan, ...]:
     """The one release of the modules' scores: a record is a vector of one number per module, of L2 norm at most 1."""
     if config.adapter.select != "alignment":
         return ()
+    probability = min(1.0, config.adapter.alignment_records / num_examples)
     noise_multiplier = config.privacy.alignment_noise_multiplier
-    return (_one_release(config, ALIGNMENT, 1.0, noise_multiplier, kind="automatic"),)
+    return (_one_release(config, ALIGNMENT, 1.0, noise_multiplier, probability=probability, kind="automatic"),)
 
 
 def _bilevel_phase(
@@ -276,12 +277,14 @@ def _one_release(
     name: str,
     sensitivity: float,
     noise_multiplier: float,
+    *,
+    probability: float = 1.0,
     kind: Literal["flat", "automatic"] = "flat",
 ) -> PhasePlan:
-    """A sum over records, none left out by chance, released once under plain Gaussian noise of a multiplier given."""
+    """A sum over records, by default none left out by chance, released once under plain Gaussian noise."""
     return PhasePlan(
         name=name,
-        sampler=PoissonSampler(1.0),
+        sampler=PoissonSampler(probability),
         clipping=Clipping(kind, sensitivity),
         mechanism=GaussianMechanism(noise_multiplier if math.isfinite(config.privacy.epsilon) else 0.0),
         num_steps=1,

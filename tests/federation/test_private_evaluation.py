@@ -64,7 +64,7 @@ def test_a_record_moves_one_count_by_one_if_it_is_held_out_and_none_if_not(make_
 
 def counts(federation: Any, sites: list[Any], instruction: RoundInstruction) -> list[torch.Tensor]:
     cohort = Cohort(workbench=federation.workbench, dataset=federation.dataset, sites=sites, ledger=federation.ledger)
-    return [cohort._confusion_counts(instruction.theta, site, site.plan[EVALUATION]) for site in sites]
+    return [cohort._confusion_counts(instruction.theta, site, site.schedule[-1]) for site in sites]
 
 
 @pytest.mark.parametrize("head", ["prototype", "trained"])

@@ -1,0 +1,196 @@
+"""What choosing modules gains under privacy: `python -m simulations.dam --set data.source=PATH_TO_GLUE`.
+
+Runs one short recipe with all modules, with query and value, with half of the modules chosen by each search, and with
+two controls: half of them at random, and all of them at half the rank. Every run has the same rounds, steps and ε, a
+search's own among them. Keeps each run's record and writes the tables of docs/dam.md from the records alone. A run
+whose record is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapters.dam import Selection, overlap
+from simulations.pairs import CONFIDENCE, interval, spread, verdict
+from simulations.privacy_utility import run_recipe
+
+HERE = Path(__file__).parent
+RECIPE, RESULTS = HERE / "recipes" / "dam.toml", HERE / "results" / "dam"
+PAGE = HERE.parent / "docs" / "dam.md"
+START, END = "<!-- tables: python -m simulations.dam -->", "<!-- end of tables -->"
+TASKS: dict[str, tuple[str, ...]] = {
+    "sst2": (),
+    "cola": (),
+    "mrpc": ("data.max_length=64",),
+}
+ALL, CONTROLS = "all", ("random", "half-rank")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    ALL: ("adapter.select=all",),
+    "query-value": (),
+    "half-rank": ("adapter.select=all", "adapter.rank=4", "adapter.alpha=4"),
+    "random": ("adapter.select=random",),
+    "probe": ("adapter.select=probe",),
+    "warmup": ("adapter.select=warmup",),
+    "alignment": ("adapter.select=alignment",),
+    "bilevel": ("adapter.select=bilevel",),
+}
+SEARCHES = ("probe", "warmup", "alignment", "bilevel")
+EPSILONS = ("inf", "6", "3", "1")
+Record = dict[str, Any]
+
+
+def record_file(task: str, variant: str, epsilon: str, seed: int) -> Path:
+    return RESULTS / f"{task}-{variant}-epsilon-{epsilon}-seed-{seed}.json"
+
+
+@cache
+def read_record(task: str, variant: str, epsilon: str, seed: int) -> Record | None:
+    file = record_file(task, variant, epsilon, seed)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def run_cell(task: str, variant: str, epsilon: str, seed: int, settings: Sequence[str], threads: int) -> None:
+    overrides = [f"data.task={task}", f"privacy.epsilon={epsilon}", f"run.seed={seed}"]
+    overrides += [*TASKS[task], *VARIANTS[variant], *settings]
+    run_recipe(RECIPE, record_file(task, variant, epsilon, seed), overrides, threads)
+
+
+def seeds_of(task: str, *cells: tuple[str, str]) -> list[int]:
+    """Seeds that all of the cells (variant, ε) have a record of."""
+    found = [
+        {int(file.stem.rpartition("-")[2]) for file in RESULTS.glob(f"{task}-{variant}-epsilon-{epsilon}-seed-*.json")}
+        for variant, epsilon in cells
+    ]
+    return sorted(set.intersection(*found))
+
+
+def metrics(task: str, variant: str, epsilon: str, seeds: Iterable[int]) -> list[float]:
+    records = (read_record(task, variant, epsilon, seed) for seed in seeds)
+    return [float(record["metric"]["value"]) for record in records if record is not None]
+
+
+def utility_table(task: str) -> str:
+    """Metric by variant and ε, mean ± standard deviation over seeds."""
+    lines = [f"| {task} | " + " | ".join(f"ε = {_shown(epsilon)}" for epsilon in EPSILONS) + " |"]
+    lines.append("|---" * (len(EPSILONS) + 1) + "|")
+    for variant in VARIANTS:
+        cells = []
+        for epsilon in EPSILONS:
+            values = metrics(task, variant, epsilon, seeds_of(task, (variant, epsilon)))
+            shown = f"{statistics.mean(values):.3f} ± {spread(values):.3f}" if values else ""
+            cells.append(shown if len(values) in (0, 3) else f"{shown} ({len(values)})")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference_table(task: str) -> str:
+    """Each search against each control, paired by seed over all private ε."""
+    lines = [f"| {task} | against | pairs | mean difference | {CONFIDENCE:.0%} interval | verdict |", "|---" * 6 + "|"]
+    for variant, control in product(SEARCHES, (*CONTROLS, ALL)):
+        differences = []
+        for epsilon in EPSILONS:
+            if epsilon == "inf":
+                continue
+            seeds = seeds_of(task, (variant, epsilon), (control, epsilon))
+            pairs = zip(metrics(task, variant, epsilon, seeds), metrics(task, control, epsilon, seeds), strict=True)
+            differences += [own - other for own, other in pairs]
+        if differences:
+            lines.append(
+                f"| {variant} | {control} | {len(differences)} | {statistics.mean(differences):+.4f} | "
+                f"{interval(differences)} | {verdict(differences)} |"
+            )
+    return "\n".join(lines)
+
+
+def stability_table() -> str:
+    """Overlap of each search's mask with that of the same search without noise, mean over seeds; random: 1/2."""
+    lines = ["| task | search | " + " | ".join(f"ε = {_shown(e)}" for e in EPSILONS if e != "inf") + " |"]
+    lines.append("|---" * (len(EPSILONS) + 1) + "|")
+    for task, variant in product(TASKS, SEARCHES):
+        cells = []
+        for epsilon in (e for e in EPSILONS if e != "inf"):
+            seeds = seeds_of(task, (variant, "inf"), (variant, epsilon))
+            found = [overlap(_mask(task, variant, "inf", s), _mask(task, variant, epsilon, s)) for s in seeds]
+            cells.append(f"{statistics.mean(found):.2f}" if found else "")
+        lines.append(f"| {task} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def uplink_table() -> str:
+    """Bytes that one site sends in a round of fine-tuning, and what LoRA (A and B) would send for the same modules."""
+    lines = ["| variant | modules | B only (FFA-LoRA), kB | A and B (LoRA), kB |", "|---" * 4 + "|"]
+    for variant in VARIANTS:
+        record = read_record("sst2", variant, "6", 0)
+        if record is None:
+            continue
+        sent = next(entry for entry in record["privacy"]["vectors_out"] if entry["phase"] == "finetune")
+        rank, hidden = record["config"]["adapter"]["rank"], _input_sizes(record)
+        factors = sum(4 * rank * hidden[slot["name"].removesuffix("/B")] for slot in sent["slots"])
+        lines.append(
+            f"| {variant} | {len(sent['slots'])} | {sent['bytes'] / 1e3:.1f} | {(sent['bytes'] + factors) / 1e3:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _input_sizes(record: Record) -> dict[str, int]:
+    """Of each module, from a record that names candidates: those of the same model are the same."""
+    reference = record if record["selection"] else read_record("sst2", ALL, "6", 0)
+    assert reference is not None, "the table of bytes needs the run with all modules"
+    return {row["module"]: row["in_features"] for row in reference["selection"]["candidates"]}
+
+
+def _mask(task: str, variant: str, epsilon: str, seed: int) -> Any:
+    record = read_record(task, variant, epsilon, seed)
+    assert record is not None
+    return Selection.from_json(record["selection"]).mask
+
+
+def _shown(epsilon: str) -> str:
+    return epsilon.replace("inf", "∞")
+
+
+def report() -> str:
+    parts = [part for task in TASKS for part in (utility_table(task), difference_table(task))]
+    return "\n\n".join([*parts, stability_table(), uplink_table()])
+
+
+def write_page(text: str) -> None:
+    """Replace what stands between the two marks of the page."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--epsilons", nargs="+", choices=EPSILONS, default=list(EPSILONS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="section.key=value, as in fedlora")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    chosen = parser.parse_args()
+    cells = product(chosen.epsilons, chosen.seeds, chosen.tasks, chosen.variants)
+    with ThreadPoolExecutor(chosen.workers) as pool:
+        jobs = [
+            pool.submit(run_cell, task, variant, epsilon, seed, chosen.settings, chosen.threads)
+            for epsilon, seed, task, variant in cells
+        ]
+        for job in jobs:
+            job.result()
+    text = report()
+    write_page(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
