@@ -27,7 +27,7 @@ from fedlora.federation.sites import load_simulated_data
 from fedlora.federation.workbench import build_workbench
 from fedlora.privacy.audit.finding import ERROR, Evidence, Finding, judge
 from fedlora.privacy.audit.noise import NoiseFinding, ReleasedNoise, judge_noise
-from fedlora.privacy.plan import FINETUNE, make_plan
+from fedlora.privacy.plan import TRAINING, make_plan
 from fedlora.randomness import SecretRoot
 
 Level = Literal["mechanism", "training", "all"]
@@ -115,7 +115,7 @@ def _collect(
 ) -> tuple[list[Evidence], list[ReleasedNoise]]:
     schedule = make_schedule(config)
     rounds = [
-        sum(entry.phase == FINETUNE and client in entry.clients for entry in schedule)
+        sum(entry.phase in TRAINING and client in entry.clients for entry in schedule)
         for client in range(config.federation.clients)
     ]
     client = rounds.index(max(rounds))

@@ -108,7 +108,14 @@ def whole_batch(phase: PhasePlan) -> PhasePlan:
 def mechanism_work(config: RunConfig, plan: PrivacyPlan, trials: int) -> int:
     """Noised sums that `audit_mechanism` makes, for a progress bar."""
     cases = [*release_cases(config, plan[FINETUNE]), *sampled_cases(plan[FINETUNE])]
-    return 2 * trials * (sum(case.num_steps * case.trials for case in cases) + len(plan.phases) - 1)
+    return 2 * trials * (sum(case.num_steps * case.trials for case in cases) + len(_other_phases(plan)))
+
+
+def _other_phases(plan: PrivacyPlan) -> list[PhasePlan]:
+    """All but fine-tuning, those that run beside another among them."""
+    return [
+        part for phase in plan.phases for part in (phase, phase.beside) if part is not None and part.name != FINETUNE
+    ]
 
 
 def audit_mechanism(
@@ -134,7 +141,7 @@ def audit_mechanism(
         dataclasses.replace(whole[0], name=f"{whole[0].name}, any noise"),
         *(dataclasses.replace(part, method="gaussian") for part in whole),
         *(stage.evidence(case, phase) for case in sampled_cases(phase)),
-        *(stage.single_release(other) for other in plan.phases if other.name != FINETUNE),
+        *(stage.single_release(whole_batch(other)) for other in _other_phases(plan)),
     ]
 
 
@@ -156,7 +163,7 @@ class Stage:
         return self._evidence(case.name, phase.charge(case.num_steps), without, with_record)
 
     def single_release(self, phase: PhasePlan) -> Evidence:
-        """A phase that noises one sum: `privatize` on nothing, and on the longest step that a record can make."""
+        """One noised sum of a phase: `privatize` on nothing, and on the longest step that a record can make."""
         sizes = SLOT_SIZES[:2]
         record = torch.zeros(sum(sizes), dtype=torch.float64)
         record[0] = record[-1] = phase.sensitivity / np.sqrt(2)  # of a prototype: its unit row and its count

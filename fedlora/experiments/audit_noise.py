@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora.config import RunConfig
 from fedlora.data.encode import encode
 from fedlora.data.glue import Records
-from fedlora.experiments.audit_training import MOST_ROUNDS, Advance
+from fedlora.experiments.audit_training import MOST_ROUNDS, Advance, without_search
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.schedule import ScheduledRound, make_schedule
@@ -38,7 +38,7 @@ _NONE = np.empty(0, np.int64)
 
 def noise_config(config: RunConfig, num_rounds: int) -> RunConfig:
     """The recipe for `SITES` sites that do all of at most `MOST_ROUNDS` of its `num_rounds` rounds, in plain steps."""
-    return config.with_overrides(
+    return without_search(config).with_overrides(
         f"federation.clients={SITES}",
         "federation.participation=1.0",
         f"federation.rounds={min(num_rounds, MOST_ROUNDS)}",

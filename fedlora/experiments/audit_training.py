@@ -44,11 +44,19 @@ Advance = Callable[[int], None]
 
 def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
     """The recipe for one site alone, with at most `MOST_ROUNDS` of its `num_rounds` rounds."""
-    return config.with_overrides(
+    return without_search(config).with_overrides(
         "federation.clients=1",
         "federation.participation=1.0",
         "federation.private_evaluation=false",
         f"federation.rounds={min(num_rounds, MOST_ROUNDS)}",
+    )
+
+
+def without_search(config: RunConfig) -> RunConfig:
+    """The recipe with all its targets trained; what a search releases is audited at the mechanism level."""
+    targets = ",".join(config.adapter.targets)
+    return config.with_overrides(
+        "adapter.select=none", f"adapter.target_modules={targets}", "adapter.mask=", "adapter.probe_texts="
     )
 
 

@@ -28,6 +28,8 @@ from fedlora.privacy.sampling import PoissonSampler
 PROTOTYPE, FINETUNE, EVALUATION = "prototype", "finetune", "evaluation"
 WARMUP, ALIGNMENT, BILEVEL = "warmup", "alignment", "bilevel"
 """Phases of a search for the modules to adapt."""
+TRAINING = (WARMUP, BILEVEL, FINETUNE)
+"""Those that train adapters, by `federation.rounds` rounds together."""
 
 
 @dataclass(frozen=True, kw_only=True)
