@@ -27,9 +27,9 @@ RECIPE, RESULTS = HERE / "recipes" / "dam.toml", HERE / "results" / "dam"
 PAGE = HERE.parent / "docs" / "dam.md"
 START, END = "<!-- tables: python -m simulations.dam -->", "<!-- end of tables -->"
 TASKS: dict[str, tuple[str, ...]] = {
-    "sst2": (),
-    "cola": (),
-    "mrpc": ("data.max_length=64",),
+    "sst2": ("training.expected_batch_size=160",),
+    "cola": ("training.expected_batch_size=160",),
+    "mrpc": ("training.expected_batch_size=96", "data.max_length=64"),
 }
 ALL, CONTROLS = "all", ("random", "half-rank")
 VARIANTS: dict[str, tuple[str, ...]] = {
