@@ -36,6 +36,10 @@ _SAMPLING = "tests/privacy/test_sampling.py"
 _MECHANISMS = "tests/privacy/test_mechanisms.py"
 _LEDGER = "tests/privacy/test_ledger.py"
 _COHORT = "tests/federation/test_cohort.py"
+_PLAN = "tests/privacy/test_plan.py"
+_GATES = "tests/engine/test_gates.py"
+_BILEVEL = "tests/engine/test_bilevel.py"
+_RELEASES = "tests/federation/test_search_releases.py"
 
 LIES = {
     "no noise": Lie(
@@ -46,8 +50,8 @@ LIES = {
     ),
     "ten percent too little noise": Lie(
         file="fedlora/privacy/mechanisms/granular.py",
-        sound="std = noise_multiplier * (",
-        planted="std = 0.9 * noise_multiplier * (",
+        sound="return noise_multiplier * (sensitivity",
+        planted="return 0.9 * noise_multiplier * (sensitivity",
         checks=(_NOISE, _MECHANISMS),
     ),
     "noise over the root of the batch size": Lie(
@@ -130,24 +134,111 @@ LIES = {
     ),
     "an empty batch is skipped": Lie(
         file="fedlora/engine/training.py",
-        sound="    totals = torch.zeros_like(rows, dtype=torch.float64)\n",
+        sound="    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)\n",
         planted=(
-            "    totals = torch.zeros_like(rows, dtype=torch.float64)\n"
-            "    if not len(records):\n        return list(torch.zeros_like(rows))\n"
+            "    if not sum(map(len, drawn)):\n        return list(torch.zeros_like(rows))\n"
+            "    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)\n"
         ),
         checks=(_TRAINING,),
     ),
     "division by the realised batch size": Lie(
         file="fedlora/engine/training.py",
         sound=".div_(training.expected_batch_size)",
-        planted=".div_(max(1, len(records)))",
+        planted=".div_(max(1, sum(map(len, drawn))))",
         checks=(_TRAINING, _NOISE),
     ),
     "δ from the number of steps": Lie(
         file="fedlora/privacy/plan.py",
         sound="            delta=privacy.delta,\n            sampling_probability",
-        planted="            delta=1 / num_steps,\n            sampling_probability",
-        checks=("tests/privacy/test_plan.py",),
+        planted="            delta=1 / trained,\n            sampling_probability",
+        checks=(_PLAN,),
+    ),
+    "a search costs nothing": Lie(
+        file="fedlora/privacy/plan.py",
+        sound="return epsilon([phase.charge() for phase in self.phases], self",
+        planted="return epsilon([p.charge() for p in self.phases if p.name not in (BILEVEL, ALIGNMENT)], self",
+        checks=(_PLAN,),
+    ),
+    "halves are charged as if all records were sampled from": Lie(
+        file="fedlora/privacy/plan.py",
+        sound="return Charge(self.sampler.sampling_probability,",
+        planted="return Charge(self.sampler.sampling_probability / (2 if self.beside else 1),",
+        checks=(_PLAN,),
+    ),
+    "gates may cost more than what is charged for both": Lie(
+        file="fedlora/privacy/plan.py",
+        sound="if self.beside is not None and not _no_dearer(",
+        planted="if self.beside is self and not _no_dearer(",
+        checks=(_PLAN,),
+    ),
+    "noise is remembered without a part of what it was found for": Lie(
+        file="fedlora/privacy/calibration.py",
+        sound='"further": [[float(probability), int(steps)] for probability, steps in further]',
+        planted='"further": []',
+        checks=("tests/privacy/test_calibration.py",),
+    ),
+    "halves are divided by position": Lie(
+        file="fedlora/data/holdout.py",
+        sound='return _share(records, 0.5, seed, b"fedlora gates")',
+        planted="return np.arange(len(records)) % 2 == 0",
+        checks=("tests/data/test_holdout.py", _RELEASES),
+    ),
+    "weights learn from the gates' half too": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="weight_records=site.weight_records,",
+        planted="weight_records=site.records,",
+        checks=(_RELEASES,),
+    ),
+    "gates learn from held-out records": Lie(
+        file="fedlora/federation/sites.py",
+        sound="_for_gates(config, records) & ~kept_back",
+        planted="_for_gates(config, records)",
+        checks=(_RELEASES,),
+    ),
+    "gates are drawn at the first site's rate": Lie(
+        file="fedlora/engine/gates.py",
+        sound="_draw(job.gate_phase, job.gate_records, job.sampling)",
+        planted="_draw(gate_phase, job.gate_records, job.sampling)",
+        checks=(_BILEVEL, _RELEASES),
+    ),
+    "gates learn from the batch of the weights": Lie(
+        file="fedlora/engine/gates.py",
+        sound="_draw(job.gate_phase, job.gate_records, job.sampling)",
+        planted="_draw(job.gate_phase, job.weight_records, job.sampling)",
+        checks=(_BILEVEL,),
+    ),
+    "gates leave without noise": Lie(
+        file="fedlora/engine/gates.py",
+        sound="released = job.gate_phase.privatize(total, noise=job.noise, slot_sizes=(logits.numel(),))",
+        planted="released = total.float()",
+        checks=(_BILEVEL, _RELEASES),
+    ),
+    "gates have the same noise in every step": Lie(
+        file="fedlora/engine/gates.py",
+        sound="noise=job.noise, slot_sizes=(logits.numel(),)",
+        planted="noise=type(job.noise)(np.random.default_rng(0)), slot_sizes=(logits.numel(),)",
+        checks=(_BILEVEL,),
+    ),
+    "what is made of gradients is not clipped": Lie(
+        file="fedlora/engine/sums.py",
+        sound="phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, owners), owners)",
+        planted=(
+            "totals.index_add_(0, owners, torch.cat([*vectors(gradients, owners)], 1).double())"
+            " if vectors else phase.add_clipped(totals, gradients, owners)"
+        ),
+        checks=(_GATES, _BILEVEL),
+    ),
+    "scores of all records are charged as if they were sampled": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="drawn = site.records[phase.sampler.draw(len(site.records), sampling)]",
+        planted="drawn = site.records",
+        checks=(_RELEASES,),
+    ),
+    "scores are centred over their micro-batch": Lie(
+        file="fedlora/engine/gates.py",
+        sound="[-gated.products(gradients, toward, owner)]",
+        planted="[(s := gated.products(gradients, toward, owner)).nan_to_num().mean(0) - s]",
+        checks=(_GATES,),
     ),
 }
 

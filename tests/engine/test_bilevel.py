@@ -18,10 +18,13 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
 from fedlora.engine.gates import GatedSlots, SearchJob, search
 from fedlora.errors import PrivacyError
-from fedlora.privacy.clipping import Clipping
+from fedlora.federation.workbench import Workbench
+from fedlora.privacy.clipping import AUTOMATIC_STABILITY, Clipping
 from fedlora.privacy.noise import HostNoise, NoiseSource
 from fedlora.privacy.plan import BILEVEL, PhasePlan
 from fedlora.randomness import SecretRoot
+from tests.engine.reference import random_theta
+from tests.engine.test_gates import loop_with_gates
 from tests.engine.test_noise import Sabotaged, are_uncorrelated, has_std, is_normal
 
 MODULES, WIDTH = 40, 6
@@ -32,6 +35,7 @@ GATED = GatedSlots.of(LAYOUT, [f"m{m}" for m in range(MODULES)])
 SIZE, WIDTHS = LAYOUT.size, (WIDTH,) * (MODULES + 1)
 CLIP, BATCH = 0.4, 4
 TRAINING = TrainingConfig(optimizer="sgd", expected_batch_size=BATCH)
+REAL_SEARCH = ("adapter.select=bilevel", "federation.rounds=5", "model.head=trained")
 MakePhase = Any
 
 
@@ -111,6 +115,72 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Sums:
 
 def random_table(records: int, seed: int = 0) -> Tensor:
     return torch.randn(records, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------- exactness
+
+LENGTHS = [5, 12, 3, 9, 12, 4, 7, 8]
+
+
+def searched_on(bench: Workbench, dataset: Any, jobs: list[SearchJob], logits: Tensor, **changes: Any) -> Tensor:
+    """[K, P + M] after search on a real model from a common random theta."""
+    settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "token_budget": 40, **changes}
+    theta = random_theta(bench.layout, 1)[0]
+    found = search(bench.backend, dataset, jobs, theta, logits, bench.gated, training=TRAINING, **settings)
+    return torch.stack(found)
+
+
+def random_logits(bench: Workbench) -> Tensor:
+    return torch.randn(len(bench.candidates), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("backend", ["expanded", "opacus"])
+def test_a_step_is_that_of_clipped_gradients_over_weights_and_over_logits(
+    make_bench: Any, random_records: Any, make_phase: MakePhase, backend: str
+) -> None:
+    """Both by autograd, one unpadded record at a time, with γ = 2 sigmoid(logit) as an explicit gate."""
+    if backend == "opacus":
+        pytest.importorskip("opacus")
+    bench = make_bench(*REAL_SEARCH, f"engine.backend={backend}")
+    dataset, phase = random_records(LENGTHS), search_phase(make_phase, 1.0, 0.0)
+    halves = [([0, 3, 5], [1]), ([2, 7], [4, 6])]
+    theta, logits = random_theta(bench.layout, 1)[0], random_logits(bench)
+    leaf = logits.clone().requires_grad_()
+    gates = 2 * leaf.sigmoid()
+    (slopes,) = torch.autograd.grad(gates.sum(), leaf)
+    modules, alone = [candidate.module for candidate in bench.candidates], torch.zeros(len(LENGTHS), dtype=torch.int64)
+    of_slots, of_gates = loop_with_gates(bench, modules, theta[None], gates.detach()[None], dataset, alone)
+    weights = torch.cat(of_slots, dim=1)
+    weights *= (CLIP / weights.norm(dim=1, keepdim=True)).clamp(max=1)
+    scores = of_gates * slopes
+    scores /= scores.norm(dim=1, keepdim=True) + AUTOMATIC_STABILITY
+
+    def jobs() -> list[SearchJob]:
+        return [job_of(*half, phase, client) for client, half in enumerate(halves)]
+
+    size = bench.layout.size
+    moved_weights = searched_on(bench, dataset, jobs(), logits, learning_rate=0.5)[:, :size] - theta
+    moved_gates = searched_on(bench, dataset, jobs(), logits, gate_learning_rate=3.0)[:, size:] - logits
+    for client, (for_weights, for_gates) in enumerate(halves):
+        assert torch.allclose(moved_weights[client], -0.5 / BATCH * weights[for_weights].sum(dim=0), atol=2e-6)
+        assert torch.allclose(moved_gates[client], -3.0 / BATCH * scores[for_gates].sum(dim=0), atol=2e-5)
+
+
+def test_sites_that_share_a_call_find_what_each_finds_alone(
+    make_bench: Any, random_records: Any, make_phase: MakePhase
+) -> None:
+    bench = make_bench(*REAL_SEARCH)
+    dataset, phase, logits = random_records(LENGTHS), search_phase(make_phase, 0.8, 0.5), random_logits(bench)
+    halves = [([0, 3], [1, 2]), ([4, 7], [5, 6])]
+    rates = {"num_steps": 4, "learning_rate": 0.5, "gate_learning_rate": 1.0}
+
+    def jobs() -> list[SearchJob]:
+        return [job_of(*half, phase, client) for client, half in enumerate(halves)]
+
+    together = searched_on(bench, dataset, jobs(), logits, **rates)
+    for client, job in enumerate(jobs()):
+        assert torch.allclose(searched_on(bench, dataset, [job], logits, **rates)[0], together[client], atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
 
 
 # --------------------------------------------------------------------------------------- which record goes where

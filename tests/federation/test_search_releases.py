@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from fedlora.federation.site import Site
@@ -90,6 +91,31 @@ def test_each_half_goes_where_it_belongs(make_federation: Any, monkeypatch: pyte
         assert np.array_equal(job.weight_records, site.weight_records)
         assert np.array_equal(job.gate_records, site.gate_records)
         assert job.phase is site.plan[BILEVEL]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_scores_are_taken_on_as_many_records_as_are_charged(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch, evaluated: bool
+) -> None:
+    """Each training record by a coin of its own; exact two-sided binomial bounds, false alarms 1e-6; none held out."""
+    settings = ("adapter.select=alignment", "adapter.alignment_records=24", "privacy.accountant=rdp")
+    federation = make_federation(*SEARCH, *settings, *([EVALUATED] if evaluated else []))
+    assert federation.sites[0].plan[ALIGNMENT].charge().sampling_probability == 24 / 80
+    first, drawn = federation.sites[0], []
+
+    def instead(backend: Any, dataset: Any, records: Any, **how: Any) -> Tensor:
+        drawn.extend(records)
+        return torch.zeros(1, 12, dtype=torch.float64)
+
+    monkeypatch.setattr("fedlora.federation.cohort.alignment_sums", instead)
+    sites = [dataclasses.replace(site, records=first.records) for site in many_sites(federation, 60)]
+    released(federation, sites, ALIGNMENT)
+    counts = np.array([len(part) for part in drawn])
+    assert all(set(part.tolist()) <= set(first.records.tolist()) for part in drawn)
+    trials = len(sites) * len(first.records)
+    assert binom.ppf(5e-7, trials, 0.3) <= counts.sum() <= binom.isf(5e-7, trials, 0.3)
+    assert len(set(counts.tolist())) > 3, "coins, not a batch of fixed size"
+    assert len({tuple(part.tolist()) for part in drawn}) == len(sites), "each site has its own"
 
 
 # ---------------------------------------------------------------------------------------------------------- noise

@@ -209,6 +209,18 @@ def test_the_alignment_release_has_sensitivity_one_and_the_noise_asked_for() -> 
         search_plan("alignment", "privacy.epsilon=1", "privacy.alignment_noise_multiplier=1")
 
 
+@pytest.mark.parametrize(("records", "probability"), [(1, 1 / N), (100, 0.05), (N, 1.0), (10 * N, 1.0)])
+def test_scores_of_some_records_are_charged_at_the_rate_they_are_sampled_at(records: int, probability: float) -> None:
+    plan = search_plan("alignment", f"adapter.alignment_records={records}", "privacy.alignment_noise_multiplier=2")
+    phase = plan[ALIGNMENT]
+    assert phase.sampler.sampling_probability == probability
+    assert phase.charge() == Charge(probability, 2.0, 1)
+    sigma = plan[FINETUNE].mechanism.noise_multiplier
+    independent = composed([(1.0, 20.0, 1), (50 / N, sigma, 48), (probability, 2.0, 1)], plan.delta)
+    assert independent * (1 - 1e-6) <= plan.epsilon() <= independent * (1 + 1e-3)
+    assert plan.epsilon() <= 6
+
+
 def test_halves_are_sampled_at_twice_the_rate_and_one_charge_stands_for_both() -> None:
     plan = search_plan("bilevel", "privacy.clip_norm=0.3", "privacy.low_pass=0.5")
     weights = plan[BILEVEL]
