@@ -42,7 +42,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.sites import encode_training_data, load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import ALIGNMENT, EVALUATION, PROTOTYPE
+from fedlora.privacy.plan import ALIGNMENT, EVALUATION, FINETUNE, PROTOTYPE
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed
 
@@ -222,6 +222,7 @@ def _run_rounds(
         evaluate=evaluator,
         on_round=on_round,
         before_round=lambda entry: folder.mark_asked(entry.index),
+        on_choice=lambda state: save_checkpoint(folder.checkpoint_file, state, sites),
     )
     state = server.run(state)
     seconds = earlier + time.perf_counter() - clock
@@ -318,8 +319,8 @@ def _finish(
         max_length=config.data.max_length,
     )
     rounds, selection = folder.read_rounds(), state.search.selection
-    trained = [line for line in rounds if line["phase"] != EVALUATION]
-    metrics = trained[-1]["metrics"] or evaluator(state.theta)  # evaluated unless the last round was given up
+    latest: dict[str, float] = next((line["metrics"] for line in reversed(rounds) if line["phase"] == FINETUNE), {})
+    metrics = latest or evaluator(state.theta)  # evaluated unless rounds were given up
     clients = [state.facts[client] for client in sorted(state.facts)]
     record = make_record(
         config,

@@ -49,6 +49,7 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
         "rounds_done": state.rounds_done,
         "last_report": state.last_report,
         "search": _search_facts(state.search),
+        "told": [site.client for site in sites if site.mask is not None],
         "fingerprints": {str(site.client): site.fingerprint for site in sites},
     }
     partial = path.with_suffix(".partial")
@@ -85,8 +86,9 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         site.optimizer_state = own or None
         site.next_round = facts["next_round"]
     search = _read_search(facts["search"], tensors)
-    for site in sites:
-        site.mask = None if search.selection is None else search.selection.mask.chosen
+    chosen = None if search.selection is None else search.selection.mask.chosen
+    for site in sites:  # one that was not told yet drops its optimiser's state when it is
+        site.mask = chosen if site.client in facts["told"] else None
     return ServerState(
         run_id=facts["run_id"],
         theta=tensors["theta"],

@@ -95,6 +95,8 @@ class Server:
     """Called after every round with its report and the state to go on from."""
     before_round: Callable[[ScheduledRound], None] = lambda entry: None
     """Called before anyone is asked to do the round."""
+    on_choice: Callable[[ServerState], None] = lambda state: None
+    """Called when modules are chosen, before anyone is told: a run has one choice, also if it is stopped now."""
 
     def run(self, state: ServerState) -> ServerState:
         """All rounds from `state.next_round` on.
@@ -171,6 +173,7 @@ class Server:
         self.workbench.adopt(selection.mask.chosen)
         state.theta = chosen_theta(self.workbench, state.theta, state.search, before)
         state.search = SearchState(selection=selection)  # the rest has done its work
+        self.on_choice(state)
 
     def _exchange(self, instruction: RoundInstruction, entry: ScheduledRound) -> list[Reply]:
         """Everyone's replies; nobody's where an evaluation is refused as a whole, as clients of one process refuse."""
@@ -260,6 +263,7 @@ def evaluated(workbench: Workbench, updates: Sequence[ClientUpdate]) -> PrivateE
 
 
 def initial_state(workbench: Workbench, run_id: str) -> ServerState:
+    workbench.adopt(None)  # it may have done another run
     return ServerState(run_id=run_id, theta=workbench.initial_theta.to("cpu", torch.float32))
 
 

@@ -26,7 +26,7 @@ from fedlora.engine.prototypes import prototype_layout
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.models import Classifier, load_classifier
 from fedlora.models.families import block_position
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE
+from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
 
 
@@ -44,6 +44,8 @@ class Workbench:
     schedule: tuple[ScheduledRound, ...]
     candidates: tuple[Candidate, ...]
     """The targets, in the model's order."""
+    full_layout: AdapterLayout
+    """With a slot for each of them, whatever is adapted by now."""
     mask: ModuleMask | None
     """Which of them are adapted; None for all."""
     places: ffa.Places
@@ -52,6 +54,8 @@ class Workbench:
     backend: GradientBackend
     initial_theta: Tensor
     """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
+    attached: bool = True
+    """False where a change of adapters has failed: the next `adopt` starts over, whatever it is told."""
 
     def payload_layout(self, phase: str) -> AdapterLayout:
         """What a client sends back in `phase`."""
@@ -62,8 +66,8 @@ class Workbench:
         if phase == ALIGNMENT:
             return self._with({}, "scores")
         if phase == BILEVEL:
-            return self._with({slot.name: slot.shape for slot in self.layout.slots}, "gates")
-        return self.layout
+            return self._with({slot.name: slot.shape for slot in self.full_layout.slots}, "gates")
+        return self.full_layout if phase == WARMUP else self.layout
 
     def global_size(self, phase: str) -> int:
         """How many numbers the server sends as theta in `phase`."""
@@ -82,12 +86,13 @@ class Workbench:
             PrivacyError: with these adapters, records of one micro-batch influence one another on this machine.
         """
         mask = None if chosen is None else ModuleMask(self.candidates, chosen)
-        if mask == self.mask:
+        if mask == self.mask and self.attached:
             return
         self.backend.detach()
+        self.attached = False
         attached = _attach(self.config, self.execution, self.classifier, mask)
         self.places, self.layout, self.backend, self.initial_theta = attached
-        self.mask = mask
+        self.mask, self.attached = mask, True
 
     def _with(self, shapes: dict[str, tuple[int, ...]], name: str) -> AdapterLayout:
         """`shapes`, and one number per candidate under `name`; the digest knows the candidates and their order."""
@@ -120,6 +125,7 @@ def build_workbench(config: RunConfig) -> Workbench:
         classifier=classifier,
         schedule=make_schedule(config),
         candidates=_candidates(classifier, config.adapter.targets),
+        full_layout=layout,
         mask=None,
         places=places,
         layout=layout,
@@ -157,8 +163,12 @@ def _attach(
     factors = ffa.frozen_factors(seed, modules, places, adapter.rank)
     initial_theta = _initial_theta(layout, heads).to(execution.device)
     backend = _make_backend(config, classifier, layout, factors, places)
-    if config.private:
-        _check_company(config, execution, classifier, backend)
+    try:
+        if config.private:
+            _check_company(config, execution, classifier, backend)
+    except BaseException:
+        backend.detach()
+        raise
     return places, layout, backend, initial_theta
 
 
