@@ -29,5 +29,6 @@ def recall(site: Site, memory: bytes) -> None:
     site.next_round = max(site.next_round, int(tensors.pop(_ROUND)))
     run = bytes(tensors.pop(_RUN).tolist()).decode()
     site.run_id = site.run_id or run or None
-    site.mask = tuple(tensors.pop(_MASK).tolist()) or None
+    told = tuple(tensors.pop(_MASK).tolist())
+    site.mask = site.mask or told or None
     site.optimizer_state = {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()} or None

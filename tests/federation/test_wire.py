@@ -168,6 +168,50 @@ def test_what_is_no_bytes_is_a_breach_of_protocol() -> None:
         wire.decode_instruction({"theta": [1.0]})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("head", [None, HEAD])
+@pytest.mark.parametrize("mask", [(True,), (False,), (True, False, False, True) * 18])
+def test_a_choice_of_modules_arrives_as_it_was(head: Any, mask: tuple[bool, ...]) -> None:
+    got = wire.decode_instruction(wire.encode_instruction(replace(INSTRUCTION, head=head, mask=mask)))
+    assert got.mask == mask
+    assert {type(chosen) for chosen in got.mask} == {bool}
+    assert (got.head is None) == (head is None)
+    assert wire.decode_instruction(wire.encode_instruction(INSTRUCTION)).mask is None
+
+
+def with_mask(mask: torch.Tensor, kind: str = "instruction+mask", **more: torch.Tensor) -> bytes:
+    """An instruction as someone may write it who does not use our encoder."""
+    fields = {"run_id": "run", "round_index": 3, "phase": "finetune", "layout_digest": "a" * 64}
+    metadata = {"format": wire.FORMAT, "kind": kind, "fields": json.dumps(fields)}
+    return save({"theta": torch.ones(2), "mask": mask, **more}, metadata=metadata)
+
+
+FORGED_MASKS = {
+    "a half": with_mask(torch.tensor([1.0, 0.5])),
+    "two": with_mask(torch.tensor([2.0, 0.0])),
+    "minus one": with_mask(torch.tensor([1.0, -1.0])),
+    "nearly one": with_mask(torch.tensor([1.0 + 2**-23, 0.0])),
+    "no number": with_mask(torch.tensor([1.0, math.nan])),
+    "infinite": with_mask(torch.tensor([math.inf, 0.0])),
+    "of nothing": with_mask(torch.zeros(0)),
+    "a matrix": with_mask(torch.ones(2, 2)),
+    "truths": with_mask(torch.tensor([True, False])),
+    "whole numbers": with_mask(torch.tensor([1, 0])),
+    "double precision": with_mask(torch.ones(2, dtype=torch.float64)),
+    "not announced": with_mask(torch.ones(2), "instruction"),
+    "for a head": with_mask(torch.ones(2), "instruction+head"),
+    "with a head that was not announced": with_mask(torch.ones(2), weight=torch.ones(2, 2), bias=torch.ones(2)),
+    "with a head that is missing": with_mask(torch.ones(2), "instruction+head+mask"),
+    "in an update": with_mask(torch.ones(2), "update"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_MASKS)
+def test_a_choice_of_anything_but_modules_is_a_breach_of_protocol(name: str) -> None:
+    assert wire.decode_instruction(with_mask(torch.tensor([1.0, 0.0]))).mask == (True, False), "the forger can forge"
+    with pytest.raises(ProtocolError):
+        wire.decode_instruction(FORGED_MASKS[name])
+
+
 def test_a_head_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ProtocolError, match="2 rows and 1 biases"):
         wire.decode_instruction(wire.encode_instruction(replace(INSTRUCTION, head=(HEAD[0], torch.ones(1)))))
@@ -196,6 +240,16 @@ def test_a_site_remembers_what_is_over_wherever_it_is_rebuilt() -> None:
     assert torch.equal(after.optimizer_state["exp_avg"], torch.ones(3))
     recall(after, remember(make_site()))
     assert after.next_round == 2, "a round that is over stays over"
+    assert after.mask is None
+    after.mask = (True, False)
+    third = make_site()
+    recall(third, remember(after))
+    assert third.mask == (True, False)
+    recall(third, remember(make_site()))
+    assert third.mask == (True, False), "there is one choice for a run"
+    with pytest.raises(ProtocolError, match="another choice"):
+        third.scheduled(replace(INSTRUCTION, round_index=2, mask=(False, True)))
+    after.mask = None
     with pytest.raises(ProtocolError, match="already done"):
         after.admit(replace(INSTRUCTION, round_index=1))
     with pytest.raises(ProtocolError, match="another run"):
