@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapters.dam import Selection, overlap
+import numpy as np
+
+from fedlora.adapters.dam import Selection, discretise, overlap
 from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
@@ -127,6 +130,34 @@ def stability_table() -> str:
     return "\n".join(lines)
 
 
+def release_noise_table() -> str:
+    """What the noise of the alignment release alone does to its mask: the scores of runs without noise, noised anew."""
+    multipliers, draws = (5.0, 10.0, 20.0, 40.0), 200
+    lines = ["| task | " + " | ".join(f"σ = {multiplier:g}" for multiplier in multipliers) + " |"]
+    lines.append("|---" * (len(multipliers) + 1) + "|")
+    for task in TASKS:
+        records = [read_record(task, "alignment", "inf", seed) for seed in seeds_of(task, ("alignment", "inf"))]
+        cells = [
+            statistics.mean(_overlap_under_noise(record, multiplier, draws) for record in records if record)
+            for multiplier in multipliers
+            if records
+        ]
+        lines.append(f"| {task} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _overlap_under_noise(record: Record, multiplier: float, draws: int) -> float:
+    """Mean overlap of the mask with that of the same scores under the noise of every site's release."""
+    exact, adapter = Selection.from_json(record["selection"]), record["config"]["adapter"]
+    generator, std = np.random.default_rng(0), multiplier * math.sqrt(record["config"]["federation"]["clients"])
+    found = []
+    for _ in range(draws):
+        noised = (np.array(exact.scores) + generator.normal(0, std, len(exact.scores))).tolist()
+        mask = discretise(exact.mask.candidates, noised, how=adapter["discretise"], ratio=adapter["ratio"])
+        found.append(overlap(exact.mask, mask))
+    return statistics.mean(found)
+
+
 def uplink_table() -> str:
     """Bytes that one site sends in a round of fine-tuning, and what LoRA (A and B) would send for the same modules."""
     lines = ["| variant | modules | B only (FFA-LoRA), kB | A and B (LoRA), kB |", "|---" * 4 + "|"]
@@ -162,7 +193,7 @@ def _shown(epsilon: str) -> str:
 
 def report() -> str:
     parts = [part for task in TASKS for part in (utility_table(task), difference_table(task))]
-    return "\n\n".join([*parts, stability_table(), uplink_table()])
+    return "\n\n".join([*parts, stability_table(), release_noise_table(), uplink_table()])
 
 
 def write_page(text: str) -> None:
