@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora.config import AdapterConfig
 from fedlora.experiments.record import guarantee_of
+from fedlora.schema import build_section
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -23,9 +26,26 @@ library_name: peft
 - **Guarantee**: {guarantee}
 - **Not covered**: {"anything" if guarantee.flaws else guarantee.not_covered}
 - **{metric["name"]}**: {metric["value"]:.4f} on public {metric["split"]}
-- **Trained**: rank {adapter["rank"]} on {", ".join(adapter["target_modules"])}, {federation["rounds"]} rounds of
-  {federation["local_steps"]} private steps, by fedlora {record["fedlora_version"]}
+- **Adapted**: {_adapted(record)}
+- **Trained**: rank {adapter["rank"]}, {federation["rounds"]} rounds of {federation["local_steps"]} private steps,
+  by fedlora {record["fedlora_version"]}
   (config {record["config_digest"][:16]}, code {record["code_digest"][:16]}, base {record["model_digest"][:16]})
 
 `fedlora.load(FOLDER)` returns the ready classifier. `head.json` says what plain PEFT needs to know beside it.
 """
+
+
+def _adapted(record: Mapping[str, Any]) -> str:
+    """The modules with an adapter: by the names asked for, or by what was chosen among them."""
+    adapter = record["config"]["adapter"]
+    selection = record.get("selection")
+    if selection is None:
+        return ", ".join(build_section(AdapterConfig, adapter).targets)
+    rows = selection["candidates"]
+    of_all, chosen = (Counter(row["type"] for row in part) for part in (rows, [r for r in rows if r["selected"]]))
+    types = ", ".join(f"{chosen[kind]} of {count} {kind}" for kind, count in of_all.items())
+    rest = "; the others share one adapter with their type" if adapter["sharing"] == "type" else ""
+    return (
+        f"{chosen.total()} of {of_all.total()} modules ({selection['ratio']:.0%}), "
+        f"chosen by {selection['method']} ({types}){rest}"
+    )

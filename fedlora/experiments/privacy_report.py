@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedlora.adapters.dam import Selection
 from fedlora.experiments import privacy_words as words
 from fedlora.experiments.record import guarantee_of
 from fedlora.privacy.units import Guarantee, rounded_up
@@ -24,6 +25,7 @@ def privacy_report(record: Record) -> str:
         "In plain words": [_plain_words(guarantee)],
         "Against whom": [_against_whom(record)],
         "What each site spent": [_phases(record), _totals(record), _resumed(record), _silent(record)],
+        "How the modules were chosen": [_choice(record), _beside(record)],
         "What the ledger says": [_ledger(record)],
         "What left the sites": [_vectors(record), _facts(record), words.ENVELOPE],
         "What stayed": [words.STAYED],
@@ -35,7 +37,8 @@ def privacy_report(record: Record) -> str:
     }
     parts = [title, _verdict(guarantee, record)]
     for heading, texts in sections.items():
-        parts += [f"## {heading}", *filter(None, texts)]
+        if said := [*filter(None, texts)]:
+            parts += [f"## {heading}", *said]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,8 +97,12 @@ def _phases(record: Record) -> str:
                 _number(extra["epsilon_alone"]),
             )
             rows.append((facts["client"], row))
+    if not rows:
+        return ""
     heads = ("phase", "sampler", "q", "mechanism", "nominal σ", "effective σ", "sensitivity", "steps")
-    return f"{words.PHASES}\n\n{_by_sites((*heads, 'ε of the phase alone'), rows)}" if rows else ""
+    ran = {row[0] for _, row in rows}  # said by sites: only names that are known are explained
+    meanings = "\n".join(f"- *{name}*: {text}" for name, text in words.PHASE.items() if name in ran)
+    return "\n\n".join((words.PHASES, meanings, _by_sites((*heads, "ε of the phase alone"), rows)))
 
 
 def _totals(record: Record) -> str:
@@ -113,6 +120,21 @@ def _totals(record: Record) -> str:
         rows.append((facts["client"], row))
     heads = ("ε released", "ε charged", "δ", "accountant", "rounds asked for", "rounds charged", "updates that arrived")
     return f"{_by_sites(heads, rows)}\n\n{words.TOTALS}"
+
+
+def _choice(record: Record) -> str:
+    selection = record.get("selection")
+    if selection is None:
+        return ""
+    given = bool(record["config"]["adapter"]["probe_texts"])
+    why = words.CHOICE_COSTS_NOTHING[selection["method"]].format(texts=words.PROBE_TEXTS[given])
+    return words.CHOICE.format(choice=Selection.from_json(selection), why=why)
+
+
+def _beside(record: Record) -> str:
+    if record["config"]["adapter"]["select"] != "bilevel":
+        return ""
+    return words.BESIDE.format(batch=record["config"]["training"]["expected_batch_size"])
 
 
 def _resumed(record: Record) -> str:

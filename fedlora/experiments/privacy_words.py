@@ -21,8 +21,8 @@ numbers below describe what ran; none of them is a promise."""
 AGAINST = {
     "server, honest but curious": "{holds}: it sees every single update, and the guarantee is about each of them",
     "server, malicious": "{holds}, whatever it sends, as long as the site's code and settings are its own: a site does "
-    "each scheduled round once, refuses other layouts and numbers out of range, clips and noises whatever it is "
-    "asked (on rounding see below)",
+    "each scheduled round once, refuses other layouts, numbers out of range and a second choice of modules, clips and "
+    "noises whatever it is asked (on rounding see below)",
     "other sites": "{holds}: they see means of updates, from which one of two sites can tell the other's",
     "whoever reads the adapter or this folder": "{holds}, but for times and paths (see below)",
     "someone on the site's own machine": "nothing: records, secrets and ledger lie there in clear",
@@ -41,6 +41,52 @@ PHASES = """\
 A *phase* is a kind of release. σ is the noise's standard deviation over the sensitivity, and the sensitivity is how far
 one record can move a step's sum in L2. *Effective* σ is what the weakest direction of the noise is worth, and the only
 one that the accountant sees; *nominal* σ is that of the mechanism's own description."""
+
+PHASE = {
+    "prototype": "sums of the records' embeddings by class, and counts, released once: a first head",
+    "warmup": "training of *all* modules that may be chosen, before any is",
+    "alignment": "one number per module, released once: how far its adapter, moved along what warm-up has released, "
+    "would lower the loss. A record is a vector of all modules' numbers, of length at most 1",
+    "bilevel": "training of all modules in turn with a *gate* for each, which says how much it helps; two kinds of "
+    "release on two halves of the records (see below)",
+    "finetune": "training of the modules that are adapted in the end",
+    "evaluation": "counts of right and wrong predictions on records that were kept from training, released once",
+}
+"""What is released in it, by phase; in the order in which they run."""
+
+CHOICE = """\
+{choice}: one choice for all sites, made by the server (`selection.json`, `dam.png`). A site keeps to the first
+that it is told of.
+
+{why}"""
+
+CHOICE_COSTS_NOTHING = {
+    "all": "No record was looked at, so it costs nothing.",
+    "mask": "It was given with the run, as a file. This run has spent nothing on it. That whoever made the file did "
+    "not look at the sites' records, or paid for it in another run, is their word.",
+    "random": "It was made of the run's public seed: no record was looked at, so it costs nothing.",
+    "probe": "It was made of gradients on texts called public: {texts}. No record of a site was looked at for it, so "
+    "it costs nothing.",
+    "warmup": "It is made of the noised updates of the phase warmup and of nothing else: products of updates whose "
+    "noise is independent. They left the sites anyway and are charged as training, so it costs nothing more.",
+    "alignment": "It is made of the noised numbers of the phases warmup and alignment and of nothing else. They are "
+    "charged above, so it costs nothing more.",
+    "bilevel": "It is made of the noised gates of the phase bilevel and of nothing else. They are charged above, so it "
+    "costs nothing more.",
+}
+
+PROBE_TEXTS = {
+    False: "made by a generator, with nobody's records in it",
+    True: "a file that was given with the run. That these texts are public is the word of whoever gave them",
+}
+
+BESIDE = """\
+**Why one charge pays for weights and gates.** Each record decides by a keyed hash of itself, and of no other record,
+which of the two it teaches; the key is public. It is never in both halves: adding or removing it changes releases of
+one kind, and the others tell of it only through those (parallel composition). A release of gates costs what one of
+weights costs: a record's part in it has length 1 at most, under Gaussian noise of the effective σ above. How many
+records a half has is private and stays. A record is drawn for a batch of its half with q = 2 · {batch} / n, twice that
+of warm-up, where n is the number of records that the site plans with."""
 
 TOTALS = """\
 ε is rounded up. Phases cost less together than the sum of their ε alone. *Released* counts every round that a site was

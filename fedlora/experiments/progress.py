@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from fedlora.adapters.dam import Selection
 from fedlora.config import RunConfig
 from fedlora.experiments.record import guarantee_of
 from fedlora.federation.server import RoundReport
@@ -63,6 +64,8 @@ class TerminalProgress:
         self._task = self._bar.add_task("training", total=num_rounds, completed=done)
 
     def round(self, report: RoundReport) -> None:
+        if report.choice:
+            self._bar.console.print(f"{'':>5}  {report.choice}")
         failed = f" ({report.clients_failed} failed)" if report.clients_failed else ""
         row = _ROW.format(
             round=report.round,
@@ -82,12 +85,13 @@ def print_result(folder: Path) -> None:
     """Summary of a finished run from its record, which is what counts."""
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     guarantee, metric = guarantee_of(record), record["metric"]
-    found = record.get("private_evaluation")
+    found, choice = record.get("private_evaluation"), record.get("selection")
     rows = {
         metric["name"]: f"{metric['value']:.4f} on public {metric['split']}",
         **({"private accuracy": shown_evaluation(found)} if found else {}),
         "guarantee": str(guarantee),
         "not covered": guarantee.not_covered,
+        **({"choice": shown_choice(choice)} if choice else {}),
         "traffic": f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down",
         "time": f"{record['wall_seconds']:.0f} s, {shown_bytes(record['peak_memory_bytes'])} peak memory",
         "run folder": str(folder),
@@ -129,6 +133,12 @@ def shown_evaluation(found: Mapping[str, Any]) -> str:
         f"from counts with noise of standard deviation {found['noise_std']:.4g}"
         f"{'' if inside else '; the noise put it outside 0 to 1, and it is shown as it came'}"
     )
+
+
+def shown_choice(selection: Mapping[str, Any]) -> str:
+    """What a record says of the choice of modules."""
+    note = f"; {selection['note']}" if selection["note"] else ""
+    return f"{Selection.from_json(selection)}{note}"
 
 
 def shown_bytes(count: float) -> str:

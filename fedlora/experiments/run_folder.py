@@ -3,6 +3,7 @@
 config.toml   as resolved         rounds.jsonl   one object per round       curve.png
 record.json   the whole account   adapter/       in PEFT format             checkpoint.safetensors   while it runs
 PRIVACY.md    what is promised    ledger.sqlite  what each simulated site was charged
+selection.json, dam.png           which modules were chosen and by which scores, where any were to be
 """
 
 from __future__ import annotations
@@ -164,6 +165,15 @@ class RunFolder:
     def curve_file(self) -> Path:
         return self.path / "curve.png"
 
+    @property
+    def selection_file(self) -> Path:
+        """Which modules were chosen; `adapter.mask` of another run takes it."""
+        return self.path / "selection.json"
+
+    @property
+    def selection_plot(self) -> Path:
+        return self.path / "dam.png"
+
     def append_round(self, report: Mapping[str, Any]) -> None:
         """One line, durable before the next round starts."""
         with self.rounds_file.open("a", encoding="utf-8") as file:
@@ -213,6 +223,9 @@ class RunFolder:
                 f"{count}; a file is lost or damaged: start the run anew"
             )
         _replace(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds).encode())
+
+    def write_selection(self, selection: Mapping[str, Any]) -> None:
+        _replace(self.selection_file, (json.dumps(selection, indent=2) + "\n").encode())
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         _replace(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())

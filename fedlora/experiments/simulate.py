@@ -22,6 +22,7 @@ from fedlora.experiments.privacy_facts import Resumption, oversight_facts, priva
 from fedlora.experiments.privacy_report import privacy_report
 from fedlora.experiments.record import guarantee_of, make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
+from fedlora.experiments.selection_plot import plot_selection
 from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
@@ -305,7 +306,7 @@ def _finish(
     oversight: dict[str, Any],
     resumption: Resumption,
 ) -> None:
-    """Adapter, curve, privacy report and, last, the record: a folder with a record is a whole one."""
+    """Adapter, pictures, privacy report and, last, the record: a folder with a record is a whole one."""
     export_adapter(
         folder.adapter_folder,
         model=config.model,
@@ -350,6 +351,9 @@ def _finish(
         title=f"{config.data.task}, {config.adapter.method}, {config.federation.clients} clients",
         guarantee=str(guarantee_of(record)),
     )
+    if selection is not None:
+        folder.write_selection(selection.to_json())
+        plot_selection(folder.selection_plot, selection, guarantee=str(guarantee_of(record)))
     (folder.adapter_folder / "README.md").write_text(model_card(record), encoding="utf-8")
     folder.privacy_file.write_text(privacy_report(record), encoding="utf-8")
     folder.write_record(record)

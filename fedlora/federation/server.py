@@ -81,6 +81,8 @@ class RoundReport:
     failures: Mapping[int, str]
     private_evaluation: PrivateEvaluation | None = None
     """What a round of evaluation found."""
+    choice: str | None = None
+    """Which modules were chosen right before the round, in one line."""
 
 
 @dataclass(kw_only=True)
@@ -157,6 +159,7 @@ class Server:
             clients_failed=len(failures),
             failures=failures,
             private_evaluation=evaluation,
+            choice=self._choice(entry, state),
         )
 
     def _theta(self, entry: ScheduledRound, state: ServerState) -> Tensor:
@@ -165,6 +168,11 @@ class Server:
             return state.theta
         gates = state.search.gates
         return torch.cat([state.theta, torch.zeros(len(self.workbench.candidates)) if gates is None else gates])
+
+    def _choice(self, entry: ScheduledRound, state: ServerState) -> str | None:
+        """For the report of the round that follows it, also where the run was stopped in between."""
+        first = next(planned for planned in self.workbench.schedule if planned.phase == FINETUNE)
+        return None if entry != first or state.search.selection is None else str(state.search.selection)
 
     def _choose(self, state: ServerState) -> None:
         """From all candidates to the chosen modules, once."""

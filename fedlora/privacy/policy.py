@@ -39,6 +39,7 @@ NO_FOLDER = ("hub", "generated")
 """Sources of records that are no folder."""
 
 _TABLES = ("site", "limits", "allow", "models", "data")
+_PHASES = ("prototype", "warmup", "alignment", "bilevel", "finetune", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,14 @@ class Allow(Section, section="allow"):
     methods: tuple[str, ...] = setting(("ffa",), "adapter.method")
     mechanisms: tuple[str, ...] = setting(("gaussian",), "privacy.mechanism")
     noise: tuple[str, ...] = setting(("host",), "engine.noise: host is a cipher, device a faster counter generator")
-    phases: tuple[str, ...] = setting(("prototype", "finetune"), "what may leave, by phase: also evaluation")
+    phases: tuple[str, ...] = setting(
+        ("prototype", "finetune"), "what may leave, by phase: also warmup, alignment, bilevel and evaluation"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for phase in self.phases:
+            require_known(phase, _PHASES, "phase", f"allow.phases = {shown(phase)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +200,7 @@ class SitePolicy:
         _at_most("limits.most_clients", "federation.clients", federation.clients, limits.most_clients)
         _at_most("limits.largest_rank", "adapter.rank", config.adapter.rank, limits.largest_rank)
         _at_most("limits.longest_input", "data.max_length", config.data.max_length, limits.longest_input)
-        asked = {"prototype": config.model.head == "prototype", "evaluation": federation.private_evaluation}
-        for phase in ("finetune", *(name for name, wanted in asked.items() if wanted)):
+        for phase in _asked_phases(config):
             _member("phases", "phase", phase, self.allow.phases)
         if privacy.seeded_noise or config.unsound:
             key = "privacy.seeded_noise" if privacy.seeded_noise else "privacy.gredp_noise = real"
@@ -234,14 +241,29 @@ class SitePolicy:
         Raises:
             PolicyRefused: naming the rule.
         """
+        least = self.limits.smallest_noise_multiplier
         for phase in (phase for phase in plan.phases if phase.num_steps):
             _member("phases", "phase", phase.name, self.allow.phases)
-            noise, least = phase.mechanism.effective_noise_multiplier, self.limits.smallest_noise_multiplier
-            if not noise >= least:
-                raise PolicyRefused(
-                    f"phase {phase.name} has noise multiplier {noise:.4g}, the policy wants at least {least:g}",
-                    rule="limits.smallest_noise_multiplier",
-                )
+            for release in filter(None, (phase, phase.beside)):
+                noise = release.mechanism.effective_noise_multiplier
+                if not noise >= least:
+                    raise PolicyRefused(
+                        f"phase {release.name} has noise multiplier {noise:.4g}, the policy wants at least {least:g}",
+                        rule="limits.smallest_noise_multiplier",
+                    )
+
+
+def _asked_phases(config: RunConfig) -> tuple[str, ...]:
+    """What a run would have this site release."""
+    asked = {
+        "prototype": config.model.head == "prototype",
+        "warmup": config.warmup_rounds > 0,
+        "alignment": config.adapter.select == "alignment",
+        "bilevel": config.search_rounds > 0,
+        "finetune": True,
+        "evaluation": config.federation.private_evaluation,
+    }
+    return tuple(phase for phase in _PHASES if asked[phase])
 
 
 def _member(rule: str, what: str, value: str, allowed: tuple[str, ...]) -> None:

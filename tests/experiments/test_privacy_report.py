@@ -219,6 +219,100 @@ def test_what_left_is_listed_whole(make_run: MakeRun) -> None:
     assert reasons == whys
 
 
+SEARCHES = {
+    "warmup": ("adapter.select=warmup", "adapter.warmup_rounds=2"),
+    "alignment": ("adapter.select=alignment", "adapter.warmup_rounds=1"),
+    "bilevel": ("adapter.select=bilevel", "adapter.warmup_rounds=1", "adapter.search_rounds=1"),
+}
+GREDP = ("privacy.mechanism=gredp", "privacy.gredp_noise=complex_half")
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_search_is_explained_listed_and_priced_by_the_snippet(make_run: MakeRun, tmp_path: Path, method: str) -> None:
+    report, record = done(make_run(*SEARCHES[method], *GREDP))
+    phases = {"prototype", "warmup", method, "finetune"}
+    assert {row["phase"] for row in table(report, "effective σ")} == phases
+    assert set(re.findall(r"^- \*(\w+)\*: ", report, re.MULTILINE)) == phases, "each in plain words, and no other"
+    for row in table(report, "effective σ"):
+        trains = row["phase"] in ("warmup", "bilevel", "finetune")
+        ratio = float(row["nominal σ"]) / float(row["effective σ"])
+        assert ratio == pytest.approx(math.sqrt(2) if trains else 1.0, rel=1e-4)
+    assert f"{method} chose 6 of 12 modules: one choice for all sites" in report
+    assert "so it costs nothing more" in report
+    assert ("**Why one charge pays for weights and gates.**" in report) == (method == "bilevel")
+    (snippet,) = FENCE.findall(report)
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", snippet], cwd=tmp_path / "run", capture_output=True, text=True, check=True
+    )
+    printed = {int(client): float(value) for client, value in map(str.split, ran.stdout.splitlines())}
+    assert printed == {facts["client"]: pytest.approx(facts["epsilon"], rel=1e-3) for facts in record["clients"]}
+    assert privacy_report(record) == report
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_all_candidates_left_in_a_search_though_fewer_did_later(make_run: MakeRun, method: str) -> None:
+    _, record = done(make_run(*SEARCHES[method]))
+    released = {vector["phase"]: vector for vector in record["privacy"]["vectors_out"]}
+    assert sum(vector["bytes"] * vector["updates"] for vector in released.values()) == record["bytes_up"]
+    candidates = len(record["selection"]["candidates"])
+    assert [len(released[phase]["slots"]) for phase in ("warmup", "finetune")] == [candidates, candidates // 2]
+    if method == "alignment":
+        assert released["alignment"]["bytes"] == 4 * candidates
+    if method == "bilevel":
+        assert released["bilevel"]["bytes"] == released["warmup"]["bytes"] + 4 * candidates
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("all", "No record was looked at"),
+        ("random", "the run's public seed"),
+        ("probe", "made by a generator"),
+        ("texts", "That these texts are public is the word of whoever gave them"),
+        ("mask", "is their word"),
+    ],
+)
+def test_a_choice_that_costs_nothing_says_why(make_run: MakeRun, tmp_path: Path, method: str, words: str) -> None:
+    how = [f"adapter.select={method}"]
+    if method == "texts":
+        (tmp_path / "texts").write_text("a good film\nthe cast was dull\n")
+        how = ["adapter.select=probe", f"adapter.probe_texts='{tmp_path / 'texts'}'"]
+    if method == "mask":
+        (tmp_path / "mask").write_text("encoder.layer.0.output.dense\n")
+        how.append(f"adapter.mask='{tmp_path / 'mask'}'")
+    report, record = done(make_run(*how))
+    assert words in " ".join(report.split())
+    assert {row["phase"] for row in table(report, "effective σ")} == {"prototype", "finetune"}
+    assert "Why one charge" not in report
+    assert str(tmp_path) not in report
+    del record["selection"]
+    assert "How the modules were chosen" not in privacy_report(record), "as in records from before there was a choice"
+
+
+def test_the_card_says_which_modules_were_adapted(make_run: MakeRun, tmp_path: Path) -> None:
+    done(make_run())
+    assert "- **Adapted**: query, value\n" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    done(make_run("adapter.select=random", "adapter.sharing=type", out="chosen"))
+    card = (tmp_path / "chosen" / "adapter" / "README.md").read_text()
+    selection = json.loads((tmp_path / "chosen" / "selection.json").read_text())
+    ups = sum(row["selected"] for row in selection["candidates"] if row["type"] == "up")
+    assert "- **Adapted**: 6 of 12 modules (50%), chosen by random (" in card
+    assert f" {ups} of 2 up, " in card
+    assert "the others share one adapter with their type" in card
+
+
+def test_a_choice_lies_in_the_folder_and_another_run_can_take_it(make_run: MakeRun, tmp_path: Path) -> None:
+    _, first = done(make_run("adapter.select=random"))
+    written = tmp_path / "run" / "selection.json"
+    assert json.loads(written.read_text()) == first["selection"]
+    assert (tmp_path / "run" / "dam.png").read_bytes().startswith(b"\x89PNG")
+    _, second = done(make_run("adapter.select=mask", f"adapter.mask='{written}'", out="second"))
+    chosen = [[row["selected"] for row in record["selection"]["candidates"]] for record in (first, second)]
+    assert chosen[0] == chosen[1]
+    done(make_run(out="third"))
+    assert not (tmp_path / "third" / "selection.json").exists()
+
+
 def test_a_private_evaluation_is_a_phase_like_any_other(make_run: MakeRun) -> None:
     report, record = done(make_run("federation.private_evaluation=true"))
     assert {row["phase"] for row in table(report, "effective σ")} == {"prototype", "finetune", "evaluation"}

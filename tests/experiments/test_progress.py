@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedlora.adapters.dam import Candidate, ModuleMask, Selection
 from fedlora.config import RunConfig
 from fedlora.experiments.progress import TerminalProgress, print_result, shown_bytes, shown_epsilon, shown_evaluation
 from fedlora.federation.server import RoundReport
@@ -88,6 +89,12 @@ def test_a_terminal_gets_a_bar_with_the_rounds_done_and_rows_that_fit(watch: Wat
     assert all(len(row.rpartition("\r")[2]) <= 80 for row in rows)
 
 
+def test_a_choice_of_modules_stands_before_the_first_round_that_trains_them(watch: Watch) -> None:
+    *_, choice, row = watch(choice="alignment chose 18 of 36 modules").splitlines()
+    assert choice.strip() == "alignment chose 18 of 36 modules"
+    assert row.split()[:2] == ["3", "finetune"]
+
+
 def test_failures_and_rounds_without_evaluation_show(watch: Watch) -> None:
     row = watch(metric=None, metrics={}, clients_ok=2, clients_failed=1, failures={1: "error"}).splitlines()[-1]
     assert row.endswith("2 (1 failed)")
@@ -138,6 +145,28 @@ def test_in_a_file_every_fact_is_one_line(result: Callable[..., str], tmp_path: 
     lines = result().splitlines()
     assert f"run folder   {tmp_path}" in lines
     assert len(lines) == 7
+
+
+def test_the_result_names_the_choice_of_modules_and_what_one_should_know_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    candidates = tuple(
+        Candidate(module=f"layer.{number}", layer=number, kind="up", in_features=4, out_features=4)
+        for number in range(3)
+    )
+    selection = Selection(
+        mask=ModuleMask(candidates, (True, False, False)),
+        method="warmup",
+        discretise="global_topk",
+        ratio=1 / 3,
+        scores=(1.0, -2.0, 0.0),
+        noise_to_signal=math.inf,
+        diagnostics={},
+        note="no signal stood out",
+    )
+    (tmp_path / "record.json").write_text(json.dumps({**record(), "selection": selection.to_json()}))
+    print_result(tmp_path)
+    assert "choice       warmup chose 1 of 3 modules; no signal stood out\n" in capfd.readouterr().out
 
 
 def test_in_a_terminal_texts_are_folded_and_paths_are_not_cut(

@@ -22,6 +22,8 @@ from fedlora.experiments.run_folder import RunFolder
 from fedlora.federation import sites
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
+from fedlora.privacy.plan import make_plan
 from fedlora.privacy.policy import SitePolicy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +168,7 @@ RULES: dict[str, tuple[tuple[str, ...], str]] = {
     "another task": (("data.task=cola",), "data"),
     "seeded noise": (("privacy.seeded_noise=true",), "sound"),
     "an evaluation": (("federation.private_evaluation=true",), "phases"),
+    "a search": (("adapter.select=alignment", "adapter.warmup_rounds=1"), "phases"),
 }
 
 
@@ -187,6 +190,57 @@ def test_noise_without_effect_is_refused_even_where_its_mechanism_is_allowed(
     unsound = ("privacy.mechanism=gredp", "privacy.gredp_noise=real", "privacy.allow_unsound=true")
     assert "protects nothing" in refused(hospital.ask(*unsound))
     assert (hospital.runs, hospital.charged()) == ([], 0)
+
+
+@pytest.mark.parametrize("missing", ["warmup", "alignment", "bilevel"])
+def test_each_phase_of_a_search_is_allowed_by_its_own_name(
+    hospital: Hospital, nothing_is_touched: None, missing: str
+) -> None:
+    allowed = [name for name in ("prototype", "finetune", "warmup", "alignment", "bilevel") if name != missing]
+    policy = hospital.write_policy(
+        ('["prototype", "finetune"]', json.dumps(allowed)), ("most_rounds = 2", "most_rounds = 3")
+    )
+    searches = {"warmup": "warmup", "alignment": "warmup, alignment", "bilevel": "warmup, bilevel"}
+    for method, phases in searches.items():
+        warmup = 2 if method == "warmup" else 1
+        overrides = (f"adapter.select={method}", f"adapter.warmup_rounds={warmup}", "adapter.search_rounds=1")
+        config = hospital.config.with_overrides(*overrides, "federation.rounds=3")
+        if missing not in phases:
+            policy.check_config(config)
+            continue
+        with pytest.raises(PolicyRefused, match=f'phase = "{missing}"') as caught:
+            policy.check_config(config)
+        assert caught.value.rule == "phases"
+        assert f'phase = "{missing}"' in refused(hospital.ask(*overrides, "federation.rounds=3"))
+    assert (hospital.runs, hospital.charged()) == ([], 0)
+
+
+@pytest.mark.parametrize("select", ["all", "random", "probe"])
+def test_a_choice_without_a_record_needs_no_phase(hospital: Hospital, select: str) -> None:
+    hospital.write_policy().check_config(hospital.config.with_overrides(f"adapter.select={select}"))
+
+
+def test_gates_need_noise_like_the_weights_beside_them(hospital: Hospital) -> None:
+    """A plan refuses gates with less noise by itself; the policy does not take its word for it."""
+    policy = hospital.write_policy(('["prototype", "finetune"]', '["prototype", "finetune", "warmup", "bilevel"]'))
+    search = ("adapter.select=bilevel", "adapter.warmup_rounds=1", "adapter.search_rounds=1", "federation.rounds=3")
+    steps = {"prototype": 1, "warmup": 2, "bilevel": 2, "finetune": 2}
+    plan = make_plan(hospital.config.with_overrides(*search), num_examples=RECORDS, num_steps=steps, client=0)
+    policy.check_plan(plan)
+    gates = plan["bilevel"].beside
+    assert gates is not None
+    object.__setattr__(gates, "mechanism", GaussianMechanism(0.29))
+    with pytest.raises(PolicyRefused, match=r"phase gates has noise multiplier 0\.29") as caught:
+        policy.check_plan(plan)
+    assert caught.value.rule == "limits.smallest_noise_multiplier"
+
+
+def test_the_policy_knows_the_phases_of_a_plan(hospital: Hospital) -> None:
+    from fedlora.privacy import plan
+
+    names = [plan.PROTOTYPE, plan.WARMUP, plan.ALIGNMENT, plan.BILEVEL, plan.FINETUNE, plan.EVALUATION]
+    policy = hospital.write_policy(('["prototype", "finetune"]', json.dumps(names)))
+    assert policy.allow.phases == tuple(names)
 
 
 def test_prototypes_can_be_forbidden(hospital: Hospital, nothing_is_touched: None) -> None:
@@ -279,6 +333,7 @@ BROKEN: dict[str, tuple[tuple[str, str], str]] = {
     "size as text": (("max_epsilon", 'public_size = "about 200"\nmax_epsilon'), "public_size"),
     "a data set that is none": (("[data.ward]", "[data]"), "wanted a table"),
     "no data set": (("[data.ward]", "[site.ward]"), ""),
+    "an unknown phase": (('["prototype", "finetune"]', '["prototype", "finetun"]'), "did you mean finetune?"),
     "phases as a number": (('phases = ["prototype", "finetune"]', "phases = 3"), "list of names"),
     "no phases": (('phases = ["prototype", "finetune"]', "phases = []"), "non-empty"),
     "a section as a value": (("[site]\n", "allow = 3\n[site]\n"), ""),

@@ -50,6 +50,10 @@ class Selection:
         if self.noise_to_signal is not None and not self.noise_to_signal >= 0:
             raise AdapterError(f"noise-to-signal ratio {self.noise_to_signal}, wanted 0 or more")
 
+    def __str__(self) -> str:
+        """One line for a terminal, a title or a card."""
+        return f"{self.method} chose {sum(self.mask.chosen)} of {len(self.mask.chosen)} modules"
+
     def to_json(self) -> dict[str, Any]:
         """What selection.json holds: only types of strict JSON, ∞ as the text "inf"."""
         rows = []
