@@ -25,10 +25,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import clients.app
 from fedlora.config import RunConfig
-from fedlora.errors import FedloraError, RunFolderError
+from fedlora.errors import ConfigError, FedloraError, RunFolderError
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import run_server, simulate
-from fedlora.federation import cohort
+from fedlora.federation import cohort, wire
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import Ledger
 from server.app import app as server_app
@@ -179,6 +179,57 @@ def test_both_transports_end_with_the_same_adapter(
     ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
     for key in ("clients", "metric", "bytes_up", "bytes_down", "config_digest", "noise_seeded", "private_evaluation"):
         assert ours[key] == theirs[key], key
+
+
+SELECTED = {
+    "alignment, adam kept": (
+        "adapter.select=alignment", "adapter.alignment_records=40", "adapter.discretise=cost_aware",
+        "training.optimizer=adam", "training.keep_state=true", "training.learning_rate=0.1",
+        "federation.private_evaluation=true",
+    ),
+    "bilevel, trained, shared": (
+        "adapter.select=bilevel", "adapter.search_rounds=1", "model.head=trained", "adapter.sharing=type",
+        "training.learning_rate=0.5",
+    ),
+    "warmup, one client a round": ("adapter.select=warmup", "federation.participation=0.3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "forgetful"), [("bilevel, trained, shared", False), *((kind, True) for kind in SELECTED)]
+)
+def test_both_transports_choose_the_same_modules_and_end_with_the_same_adapter(
+    config: RunConfig, tmp_path: Path, kind: str, forgetful: bool
+) -> None:
+    config = config.with_overrides("federation.rounds=5", *SELECTED[kind])
+    grid = LocalGrid(config)
+    grid.forgetful = forgetful
+    flower = run(config, grid)
+    fused = simulate(config.with_overrides(f"run.out='{tmp_path / 'cohort'}'"), Silent())
+    assert_same_adapter(flower, fused)
+    ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
+    for key in ("clients", "bytes_up", "bytes_down", "config_digest", "private_evaluation"):
+        assert ours[key] == theirs[key], key
+    assert choice(ours) == choice(theirs)
+    assert 0 < sum(choice(ours).values()) < 12
+    sent = [wire.decode_instruction(clients.app._unpack(message)) for message in trained(grid)]
+    masks = {one.mask for one in sent if one.phase in ("finetune", "evaluation")}
+    assert masks == {tuple(choice(ours).values())}, "one choice for the whole run and every node"
+    assert {one.mask for one in sent if one.phase not in ("finetune", "evaluation")} == {None}
+    assert [line["clients_failed"] for line in rounds(flower)] == [0] * len(rounds(flower))
+
+
+def choice(record: dict[str, Any]) -> dict[str, bool]:
+    return {row["module"]: row["selected"] for row in record["selection"]["candidates"]}
+
+
+def test_a_choice_that_cannot_be_made_is_refused_before_any_node_is_asked(config: RunConfig) -> None:
+    config = config.with_overrides("adapter.select=random", "adapter.ratio=0.1")
+    grid = LocalGrid(config)
+    with pytest.raises(ConfigError, match=r"adapter\.ratio = 0\.1 chooses none"):
+        run(config, grid)
+    assert grid.sent == []
+    assert not Path(config.run.out).exists()
 
 
 def test_partial_participation_asks_only_the_scheduled(config: RunConfig) -> None:
@@ -407,6 +458,27 @@ def test_a_site_charges_its_own_ledger_and_trains_on_its_own_records(guarded: An
     assert [facts["num_examples"] for facts in record["clients"]] == [190, 191, 192]
     for folder in folders:
         assert charges(folder) == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
+
+
+@pytest.mark.parametrize("select", ["alignment", "bilevel"])
+def test_sites_charge_every_round_of_a_search_that_their_policies_allow(guarded: Any, select: str) -> None:
+    config, grid, folders = guarded
+    settings = {"adapter.select": select, "adapter.search_rounds": 1, "federation.rounds": 4}
+    for number, folder in enumerate(folders):
+        phases = ["prototype", "warmup", "alignment", "bilevel", "finetune"]
+        allowed = phases if number < 2 else [phase for phase in phases if phase != select]
+        policy = folder / "site.toml"
+        policy.write_text(policy.read_text() + f"[allow]\nphases = {allowed}\n")
+        grid.contexts[1000 - number].run_config |= settings
+    grid.forgetful = True
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    done = rounds(run(config.with_overrides(*overrides, "privacy.accountant=pld"), grid))
+    assert [line["phase"] for line in done].count(select) == 1
+    assert [line["failures"] for line in done] == [{"2": "refused"}] * len(done), "it refuses the run, not a phase"
+    for folder in folders[:2]:
+        wanted = [row for index in range(len(done)) for row in ((index, "reserved"), (None, "spent"))]
+        assert charges(folder) == wanted
+    assert not (folders[2] / "ledger.sqlite").exists()
 
 
 def test_a_node_that_names_no_policy_takes_part_in_nothing(

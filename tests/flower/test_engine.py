@@ -123,6 +123,26 @@ def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     assert records[0]["clients"] == records[1]["clients"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["alignment", "bilevel"])
+def test_it_chooses_the_modules_that_the_cohort_chooses(
+    make_run: Callable[..., RunConfig], tmp_path: Path, select: str
+) -> None:
+    options = (f"adapter.select={select}", "adapter.search_rounds=1", "adapter.sharing=type", "federation.rounds=4")
+    folder = RunFolder.create(make_run(*options))
+    code, said = Launched(folder.path).wait()
+    assert code == 0, said
+    fused = simulate(make_run(*options, f"run.out='{tmp_path / 'cohort'}'"), Silent())
+    ours, theirs = (load_file(next((path / "adapter").glob("adapter*.safetensors"))) for path in (folder.path, fused))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
+    records = [json.loads((path / "record.json").read_text()) for path in (folder.path, fused)]
+    assert records[0]["clients"] == records[1]["clients"]
+    chosen = [[row["selected"] for row in record["selection"]["candidates"]] for record in records]
+    assert chosen[0] == chosen[1]
+
+
 def test_a_failure_of_the_server_app_is_a_failure_of_the_command(make_run: Callable[..., RunConfig]) -> None:
     launched = Launched(RunFolder.create(make_run("model.name=/nowhere/at/all")).path)
     code, said = launched.wait()
