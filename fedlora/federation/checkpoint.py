@@ -23,7 +23,7 @@ from torch import Tensor
 from fedlora.adapters.dam import Selection, UpdateProducts
 from fedlora.adapters.slots import Slot
 from fedlora.errors import RunFolderError
-from fedlora.federation.selection import SearchState
+from fedlora.federation.module_scores import SearchState
 from fedlora.federation.server import ServerState
 from fedlora.federation.site import Site
 
@@ -114,6 +114,7 @@ def _search_facts(search: SearchState) -> dict[str, Any]:
     products, selection = search.products, search.selection
     return {
         "selection": None if selection is None else selection.to_json(),
+        "scored": search.scored,
         "count": None if products is None else products.count,
         "slots": [] if products is None else [[slot.name, slot.shape, slot.offset] for slot in products.slots],
     }
@@ -133,6 +134,7 @@ def _read_search(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sea
     return SearchState(
         products=products,
         scores=tensors.get("search/scores"),
+        scored=facts["scored"],
         gates=tensors.get("search/gates"),
         selection=selection,
     )

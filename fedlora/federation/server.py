@@ -18,8 +18,9 @@ from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
 from fedlora.federation.aggregation import exact_sum, uniform_mean
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
+from fedlora.federation.module_scores import SearchState
 from fedlora.federation.schedule import ScheduledRound
-from fedlora.federation.selection import SearchState, choose_modules, chosen_theta
+from fedlora.federation.selection import choose_modules, chosen_theta
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.mechanisms.granular import released_std
@@ -177,7 +178,8 @@ class Server:
     def _choose(self, state: ServerState) -> None:
         """From all candidates to the chosen modules, once."""
         before = self.workbench.gated
-        selection = choose_modules(self.workbench, state.theta, state.search)
+        told = [facts["effective_noise_multiplier"] for facts in state.facts.values() if "phases" in facts]
+        selection = choose_modules(self.workbench, state.search, told)
         self.workbench.adopt(selection.mask.chosen)
         state.theta = chosen_theta(self.workbench, state.theta, state.search, before)
         state.search = SearchState(selection=selection)  # the rest has done its work
@@ -229,7 +231,7 @@ class Server:
         if entry.phase == EVALUATION:
             return evaluated(self.workbench, updates)
         if entry.phase == ALIGNMENT:
-            search.scores = exact_sum(updates)
+            search.scores, search.scored = exact_sum(updates), len(updates)
             return None
         if entry.phase == WARMUP:
             search.products = search.products or UpdateProducts.empty(self.workbench.layout, self.workbench.candidates)

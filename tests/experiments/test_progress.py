@@ -161,6 +161,7 @@ def test_the_result_names_the_choice_of_modules_and_what_one_should_know_of_it(
         ratio=1 / 3,
         scores=(1.0, -2.0, 0.0),
         noise_to_signal=math.inf,
+        stability=None,
         diagnostics={},
         note="no signal stood out",
     )

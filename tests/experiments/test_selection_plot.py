@@ -46,6 +46,7 @@ def selection(
         "method": "alignment" if scores else "all",
         "discretise": "global_topk" if scores else "none",
         "noise_to_signal": None,
+        "stability": None,
         "diagnostics": {},
         "note": "",
     }

@@ -93,6 +93,18 @@ class UpdateProducts:
             raise AdapterError(f"products of different updates need at least 2, got {self.count}; warm up for longer")
         return (self._energies(self.total) - self.squares) / (self.count * (self.count - 1))
 
+    def deviation(self) -> Tensor:
+        """Standard deviation of `signal` under whatever differs between updates, by module [M]; an estimate.
+
+        For y = μ + z with d independent coordinates of variance s² in z, that of the mean over pairs is
+        4 s² |μ|² / n + 2 d s⁴ / (n(n − 1)); |μ|² and d s² are put in as estimated, as 0 where they come out below.
+        """
+        signal = self.signal()
+        noise = (self.squares / self.count - signal).clamp(min=0.0)
+        sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.float64)
+        pairs = self.count * (self.count - 1)
+        return (4 * noise / sizes * signal.clamp(min=0.0) / self.count + 2 * noise**2 / (sizes * pairs)).sqrt()
+
     def noise_to_signal(self, clients: int) -> float:
         """R ≥ 0, all modules together: noise energy over signal energy in the mean of `clients` updates of one round.
 

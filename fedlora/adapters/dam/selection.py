@@ -30,6 +30,9 @@ class Selection:
     """By candidate; empty where none were needed."""
     noise_to_signal: float | None
     """R of the cost-aware choice, may be ∞; None elsewhere."""
+    stability: float | None
+    """Expected overlap with the choice that the same scores give under once more the noise that they have; None where
+    they have none, or it is not known. A choice among scores that are all noise still overlaps by about its ratio."""
     diagnostics: Mapping[str, tuple[float, ...]]
     """Further numbers by candidate, such as the probe's lambda_min."""
     note: str
@@ -49,10 +52,13 @@ class Selection:
             raise AdapterError(f"diagnostics named {', '.join(sorted(taken))}, which a selection uses itself")
         if self.noise_to_signal is not None and not self.noise_to_signal >= 0:
             raise AdapterError(f"noise-to-signal ratio {self.noise_to_signal}, wanted 0 or more")
+        if self.stability is not None and not 0 <= self.stability <= 1:
+            raise AdapterError(f"a stability of {self.stability}, wanted 0 to 1")
 
     def __str__(self) -> str:
         """One line for a terminal, a title or a card."""
-        return f"{self.method} chose {sum(self.mask.chosen)} of {len(self.mask.chosen)} modules"
+        stable = "" if self.stability is None else f"; noise drawn anew would keep {self.stability:.0%} of them"
+        return f"{self.method} chose {sum(self.mask.chosen)} of {len(self.mask.chosen)} modules{stable}"
 
     def to_json(self) -> dict[str, Any]:
         """What selection.json holds: only types of strict JSON, ∞ as the text "inf"."""
@@ -74,6 +80,7 @@ class Selection:
             "method": self.method,
             "discretise": self.discretise,
             "ratio": self.ratio,
+            "stability": self.stability,
             "noise_to_signal": "inf" if self.noise_to_signal == math.inf else self.noise_to_signal,
             "note": self.note,
             "candidates": rows,
@@ -112,6 +119,7 @@ class Selection:
             ratio=_number(content["ratio"]),
             scores=tuple(_number(row["score"]) for row in rows) if has_scores else (),
             noise_to_signal=noise_to_signal,
+            stability=None if content["stability"] is None else _number(content["stability"]),
             diagnostics={name: tuple(_number(row[name]) for row in rows) for name in names},
             note=_typed(content["note"], str),
         )

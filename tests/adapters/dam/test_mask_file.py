@@ -29,6 +29,7 @@ def selection_of(candidates: Candidates, *modules: str) -> dict[str, Any]:
         ratio=len(modules) / len(candidates),
         scores=(1.0,) * len(candidates),
         noise_to_signal=2.0,
+        stability=0.75,
         diagnostics={},
         note="",
     ).to_json()

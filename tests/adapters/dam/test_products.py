@@ -156,3 +156,16 @@ def test_a_layout_has_to_adapt_every_candidate(candidates: Candidates) -> None:
     narrow = dataclasses.replace(candidates[0], out_features=8)
     with pytest.raises(AdapterError, match=r"got \(4, 2\), wanted \(8, 2\)"):
         UpdateProducts.empty(layout_of(candidates), (narrow,))
+
+
+def test_the_deviation_of_the_signal_is_that_of_repeated_draws(candidates: Candidates) -> None:
+    """Over 2,000 draws of 6 updates; the standard deviation found has an error of 1.6 %, so 10 % are six of them."""
+    layout, generator = layout_of(candidates), torch.Generator().manual_seed(1)
+    mean = torch.randn(layout.size, generator=generator)
+    signals, variances = [], []
+    for _ in range(2000):
+        drawn = products_of(candidates, mean + 1.5 * torch.randn(6, layout.size, generator=generator))
+        signals.append(drawn.signal())
+        variances.append(drawn.deviation().square())
+    found, estimated = torch.stack(signals).std(dim=0), torch.stack(variances).mean(dim=0).sqrt()
+    assert (estimated / found - 1).abs().max() < 0.1

@@ -22,6 +22,7 @@ def selection(candidates: Candidates, **facts: Any) -> Selection:
         "ratio": 0.5,
         "scores": (0.25, 2.0),
         "noise_to_signal": None,
+        "stability": None,
         "diagnostics": {"lambda_min": (0.5, -1.0)},
         "note": "made for a test",
     }
@@ -34,6 +35,7 @@ def test_the_form_on_disk(candidates: Candidates) -> None:
         "discretise": "global_topk",
         "ratio": 0.5,
         "noise_to_signal": None,
+        "stability": None,
         "note": "made for a test",
         "candidates": [
             {
