@@ -57,13 +57,14 @@ def job_of(
     )
 
 
-def searched(backend: Any, jobs: list[SearchJob], theta: Tensor | None = None, **changes: Any) -> Tensor:
-    """[K, P + M] from gates of 1; rates of 0 by default, so that every step is taken at the same point."""
+def searched(
+    backend: Any, jobs: list[SearchJob], theta: Tensor | None = None, logits: Tensor | None = None, **changes: Any
+) -> Tensor:
+    """[K, P + M], by default from gates of 1; rates of 0 by default, so that every step is taken at the same point."""
     settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "token_budget": 64, **changes}
     start = torch.ones(SIZE) if theta is None else theta
-    return torch.stack(
-        search(backend, backend.dataset, jobs, start, torch.zeros(MODULES), GATED, training=TRAINING, **settings)
-    )
+    gates = torch.zeros(MODULES) if logits is None else logits
+    return torch.stack(search(backend, backend.dataset, jobs, start, gates, GATED, training=TRAINING, **settings))
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def hostile_rows() -> dict[str, Tensor]:
 def test_one_record_moves_its_own_halfs_sums_by_at_most_c_and_the_others_not_at_all(
     table_backend: Any, make_phase: MakePhase, sums: Sums, row: str, half: str
 ) -> None:
-    """Neighbours in every step at the same point, all records drawn, no noise, beside another site."""
+    """Neighbours in every step at the same point, gates open and shut, all records drawn, beside another site."""
     backend = sums.watch(table_backend(torch.cat([random_table(20), hostile_rows()[row][None]]), WIDTHS))
     theta = torch.randn(SIZE, generator=torch.Generator().manual_seed(2))
     phase, steps, moved = search_phase(make_phase, 1.0, 0.0), 3, {}
@@ -279,7 +280,7 @@ def test_one_record_moves_its_own_halfs_sums_by_at_most_c_and_the_others_not_at_
         gates += extra if half == "gates" else []
         sums.totals.clear()
         jobs = [job_of(weights, gates, phase, 0), job_of(range(10, 15), range(15, 20), phase, 1)]
-        searched(backend, jobs, theta, num_steps=steps)
+        searched(backend, jobs, theta, torch.linspace(-3, 3, MODULES), num_steps=steps)
         runs.append({name: torch.stack(sums.of(name)).unflatten(0, (steps, 2)) for name in (BILEVEL, "gates")})
     for name, bound in ((BILEVEL, CLIP), ("gates", 1.0)):
         moved = runs[1][name] - runs[0][name]
