@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return seen
 
 
-def combinations() -> Iterator[Any]:
-    """All of them; those that differ from a quick one in one thing only are slow."""
-    quick = {("prototype", "type", "6"), ("trained", "none", "inf")}
-    for select in SELECTS:
-        for rest in itertools.product(("prototype", "trained"), ("none", "type"), ("inf", "6")):
-            yield pytest.param(select, *rest, marks=[] if rest in quick else pytest.mark.slow)
+QUICK = {("prototype", "type", "6"), ("trained", "none", "inf")}
+COMBINATIONS = [
+    pytest.param(select, *rest, marks=[] if rest in QUICK else pytest.mark.slow)
+    for select in SELECTS
+    for rest in itertools.product(("prototype", "trained"), ("none", "type"), ("inf", "6"))
+]
 
 
-@pytest.mark.parametrize(("select", "head", "sharing", "epsilon"), combinations())
+@pytest.mark.parametrize(("select", "head", "sharing", "epsilon"), COMBINATIONS)
 def test_one_choice_for_everyone_and_only_what_was_chosen_leaves(
     tiny_config: Callable[..., RunConfig],
     tmp_path: Path,

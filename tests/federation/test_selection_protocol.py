@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from fedlora.adapters.dam import UpdateProducts
 from fedlora.errors import AdapterError, FedloraError, PrivacyError, ProtocolError
-from fedlora.federation import cohort, workbench
+from fedlora.federation import cohort, selection, workbench
 from fedlora.federation.memory import recall, remember
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
@@ -295,6 +297,30 @@ def test_a_site_that_fails_in_the_search_is_left_out_of_it_and_charged(make_fede
         assert torch.allclose(torch.tensor(state.search.selection.scores, dtype=torch.float64), wanted)
     charged = [{one["name"]: one["num_steps"] for one in state.facts[client]["phases"]} for client in EVERYONE]
     assert charged[1] == charged[0], "what got lost may have been released"
+
+
+@pytest.mark.parametrize("silent", [(), (1,), (0, 2)])
+def test_costs_are_weighed_against_the_noise_of_the_scores_that_arrived(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch, silent: tuple[int, ...]
+) -> None:
+    federation = make_federation(*SHORT, "adapter.select=alignment", "adapter.discretise=cost_aware")
+    weighed: list[list[float]] = []
+
+    def exchange(instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
+        replies = federation.exchange(instruction, clients)
+        return [reply for reply in replies if instruction.phase != ALIGNMENT or reply.client not in silent]
+
+    def weighing(candidates: Any, energies: list[float], **how: Any) -> Any:
+        weighed.append(energies)
+        return genuine(candidates, energies, **how)
+
+    genuine = selection.cost_aware
+    monkeypatch.setattr(selection, "cost_aware", weighing)
+    monkeypatch.setattr(UpdateProducts, "noise_to_signal", lambda *_: 1.0)
+    state, _, _ = record(federation, exchange)
+    noise = (3 - len(silent)) * 20.0**2
+    wanted = [math.copysign(score**2, score) - noise for score in state.search.selection.scores]
+    assert weighed[0] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("phase", ["warmup", "alignment", "bilevel"])
