@@ -24,6 +24,9 @@ from fedlora.errors import AdapterError, PrivacyError
 from fedlora.privacy.noise import NoiseSource
 from fedlora.privacy.plan import PhasePlan
 
+LARGEST_GATE_LOGIT = 8.0
+"""Where a gate is within 0.1 % of its ends; what noise carries further out is brought back between rounds."""
+
 
 @dataclass(frozen=True)
 class GatedSlots:

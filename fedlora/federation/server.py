@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.adapters.dam import UpdateProducts
 from fedlora.engine.confusion import PrivateEvaluation, estimate_accuracy
+from fedlora.engine.gates import LARGEST_GATE_LOGIT
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
 from fedlora.federation.aggregation import exact_sum, uniform_mean
@@ -244,7 +245,7 @@ class Server:
             self.workbench.classifier.set_head(*state.head)
         elif entry.phase == BILEVEL:
             size = len(state.theta)
-            state.theta, search.gates = mean[:size].clone(), mean[size:].clone()
+            state.theta, search.gates = mean[:size].clone(), mean[size:].clamp(-LARGEST_GATE_LOGIT, LARGEST_GATE_LOGIT)
         else:
             state.theta = mean
         return None
