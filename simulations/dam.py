@@ -1,4 +1,4 @@
-"""What choosing modules gains under privacy: `python -m simulations.dam --set data.source=PATH_TO_GLUE`.
+"""What choosing modules gains under privacy: `python -m simulations.dam PATH_TO_GLUE`.
 
 Runs one short recipe with all modules, with query and value, with half of the modules chosen by each search, and with
 two controls: half of them at random, and all of them at half the rank. Every run has the same rounds, steps and ε, a
@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 
 from fedlora.adapters.dam import Selection, discretise, overlap
 from simulations.pairs import CONFIDENCE, interval, spread, verdict
@@ -36,6 +38,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "mrpc": ("data.task=mrpc", "training.expected_batch_size=96", "data.max_length=64"),
 }
 """The generated corpus beside real tasks: easy enough for a few noisy steps to show."""
+MOST_RECORDS = 9000
+"""Of a real task: the first rows of a public shuffle. A prototype release looks at every record, in every run."""
 ALL, CONTROLS = "all", ("random", "half-rank")
 VARIANTS: dict[str, tuple[str, ...]] = {
     ALL: ("adapter.select=all",),
@@ -67,6 +71,19 @@ def read_record(task: str, variant: str, epsilon: str, seed: int) -> Record | No
 def run_cell(task: str, variant: str, epsilon: str, seed: int, settings: Sequence[str], threads: int) -> None:
     overrides = [f"privacy.epsilon={epsilon}", f"run.seed={seed}", *settings, *TASKS[task], *VARIANTS[variant]]
     run_recipe(RECIPE, record_file(task, variant, epsilon, seed), overrides, threads)
+
+
+def smaller_copy(source: Path, folder: Path) -> Path:
+    """The real tasks of `source` with at most MOST_RECORDS training records each, as a folder of the same kind."""
+    for settings in TASKS.values():
+        task = settings[0].partition("=")[2]
+        (folder / task).mkdir(exist_ok=True)
+        for file in (source / task).glob("*.parquet"):
+            table = parquet.read_table(file)
+            if file.stem == "train" and len(table) > MOST_RECORDS:
+                table = table.take(np.random.default_rng(0).permutation(len(table))[:MOST_RECORDS])
+            parquet.write_table(table, folder / task / file.name)
+    return folder
 
 
 def seeds_of(task: str, *cells: tuple[str, str]) -> list[int]:
@@ -205,6 +222,7 @@ def write_page(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("source", type=Path, help="folder with sst2/, cola/ and mrpc/, each of parquet files")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--epsilons", nargs="+", choices=EPSILONS, default=list(ORDER))
@@ -214,9 +232,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     chosen = parser.parse_args()
     cells = product(chosen.epsilons, chosen.seeds, chosen.tasks, chosen.variants)
-    with ThreadPoolExecutor(chosen.workers) as pool:
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.workers) as pool:
+        settings = [f"data.source={smaller_copy(chosen.source, Path(folder))}", *chosen.settings]
         jobs = [
-            pool.submit(run_cell, task, variant, epsilon, seed, chosen.settings, chosen.threads)
+            pool.submit(run_cell, task, variant, epsilon, seed, settings, chosen.threads)
             for epsilon, seed, task, variant in cells
         ]
         for job in jobs:
