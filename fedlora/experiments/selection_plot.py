@@ -44,7 +44,7 @@ def plot_selection(path: Path, selection: Selection, *, guarantee: str) -> None:
     from matplotlib import pyplot as plt
 
     layers, kinds, cells = _grid(selection)
-    size = max(7.0, 2.6 + 0.85 * len(kinds)), 2.3 + 0.36 * max(len(layers), 4)
+    size = max(7.0, 2.6 + 0.85 * len(kinds)), 2.5 + 0.36 * max(len(layers), 4)
     figure, axes = plt.subplots(figsize=size, dpi=150, layout="constrained")
     _draw_cells(figure, axes, selection, cells, (len(layers), len(kinds)))
     chosen = [place for place, taken in zip(cells, selection.mask.chosen, strict=True) if taken]
@@ -65,7 +65,7 @@ def plot_selection(path: Path, selection: Selection, *, guarantee: str) -> None:
     axes.xaxis.tick_top()
     axes.set_ylabel("layer")
     axes.spines[:].set_visible(False)
-    axes.set_title(_title(selection), fontsize=11, loc="left")
+    axes.set_title(_title(selection), fontsize=10, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, fontsize=8, frameon=False, borderaxespad=0)
     figure.supxlabel("\n".join(filter(None, (selection.note, guarantee))), fontsize=8, color="#444444", wrap=True)
     figure.savefig(path)
@@ -132,4 +132,4 @@ def _column_label(kind: str, column: int, cells: list[tuple[int, int]], chosen: 
 
 
 def _title(selection: Selection) -> str:
-    return f"{selection}: ratio {selection.ratio:.2g}, {selection.discretise if selection.scores else 'no scores'}"
+    return f"{selection}\nratio {selection.ratio:.2g}, {selection.discretise if selection.scores else 'no scores'}"

@@ -86,7 +86,7 @@ def test_every_cell_has_its_score_and_every_chosen_one_its_mark(tmp_path: Path, 
     assert labels(figure, "x")[0] == "query\n1 of 3"
     assert labels(figure, "x")[3] == "attention\noutput\n0 of 3"
     assert labels(figure, "y") == ["0", "1", "2"]
-    assert figure.axes[0].get_title(loc="left") == "alignment chose 3 of 18 modules: ratio 0.17, global_topk"
+    assert figure.axes[0].get_title(loc="left") == "alignment chose 3 of 18 modules\nratio 0.17, global_topk"
     assert figure.get_supxlabel() == GUARANTEE
     with Image.open(tmp_path / "dam.png") as image:
         assert image.width == round(150 * (2.6 + 0.85 * 6))
