@@ -320,8 +320,10 @@ def _go_on(config: RunConfig) -> None:
         simulate(config, Silent())
 
 
-def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: MakeRun) -> None:
-    settings = ("federation.rounds=60", "federation.local_steps=4")
+@pytest.mark.parametrize("select", ["none", pytest.param("alignment", marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: MakeRun, select: str) -> None:
+    """With a choice of modules in the middle of where it is killed, or without."""
+    settings = ("federation.rounds=60", "federation.local_steps=4", f"adapter.select={select}")
     whole = simulate(make_run(*settings, out="whole"), Silent())
     config = make_run(*settings)
     folder, draw = RunFolder(Path(config.run.out)), random.Random(0)
@@ -336,8 +338,10 @@ def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: Make
         process.join()
         assert process.exitcode == -signal.SIGKILL
     resume(folder.path, Silent())
-    assert [entry["round"] for entry in folder.read_rounds()] == list(range(61))
-    assert result(folder.path)[:2] == result(whole)[:2]
+    assert [entry["round"] for entry in folder.read_rounds()] == list(range(61 if select == "none" else 62))
+    (*ours, record), (*theirs, wanted) = result(folder.path), result(whole)
+    assert ours == theirs
+    assert record["selection"] == wanted["selection"]
     assert [path.name for path in folder.path.glob("ledger*")] == ["ledger.sqlite"], "no journal is left"
 
 
