@@ -71,6 +71,7 @@ class AdapterConfig(Section, section="adapter"):
         2048,
         "expected number of a client's records that alignment scores modules on; all if there are fewer",
         at_least=1,
+        at_most=50_000,
     )
     search_rounds: int = setting(2, "of federation.rounds, of select = bilevel: weights and gates in turn", at_least=1)
     gate_learning_rate: float = setting(1.0, "of the gates of select = bilevel", above=0)

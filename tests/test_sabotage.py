@@ -221,9 +221,9 @@ LIES = {
     ),
     "what is made of gradients is not clipped": Lie(
         file="fedlora/engine/sums.py",
-        sound="phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, owners), owners)",
+        sound="phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)",
         planted=(
-            "totals.index_add_(0, owners, torch.cat([*vectors(gradients, owners)], 1).double())"
+            "totals.index_add_(0, owners, torch.cat([*vectors(gradients, everyone)], 1)[: len(owners)].double())"
             " if vectors else phase.add_clipped(totals, gradients, owners)"
         ),
         checks=(_GATES, _BILEVEL),

@@ -44,6 +44,21 @@ def public_records(task: str, file: str, seed: PublicSeed, count: int = 256) -> 
     return Records(texts=columns, labels=np.zeros(len(chosen), np.float32 if spec.regression else np.int64))
 
 
+def refuse_training_records(public: Records, training: Records) -> None:
+    """Refuse texts that are trained on: they are not public, whoever says so.
+
+    Raises:
+        ConfigError: a row of `public` is one of `training`.
+    """
+    private = set(zip(*training.texts, strict=True))
+    found = sum(row in private for row in zip(*public.texts, strict=True))
+    if found:
+        raise ConfigError(
+            f"adapter.probe_texts: {found} of {len(public)} texts are records of this run's training data, which a "
+            "probe must not see; give texts that are public, or leave it empty for generated ones"
+        )
+
+
 def _generated_rows(spec: TaskSpec, seed: PublicSeed, count: int) -> list[tuple[str, ...]]:
     own = PublicSeed(seed.numpy("public texts").bytes(32))
     size_of_train = 6 * count  # a validation split has a sixth of it

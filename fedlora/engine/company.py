@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.errors import PrivacyError
+from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
 
 _WIDTHS = (8, 24)
@@ -23,6 +24,8 @@ def check_company(
     backend: GradientBackend, *, vocabulary: int, num_labels: int, token_budget: int, longest: int, device: torch.device
 ) -> None:
     """Compare one record's gradient alone, beside others, and in another row, to the last bit.
+
+    And what is made of gradients before they are clipped: their low frequencies, inner products of them.
 
     Args:
         backend: whose gradients are to be private.
@@ -71,8 +74,15 @@ def _gradient(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """[P], of the record in `row` of a micro-batch of `members`, the others another client's where that can be."""
+    """Of the record in `row` of a micro-batch of `members`, the others another client's where that can be.
+
+    Its gradient [P], the projection of each slot, and each slot's product with a vector.
+    """
     batch, labels = dataset.batch(members, device, shape=shape)
     owner = torch.full(shape[:1], int(backend.fuses_clients), device=device)
     owner[row] = 0
-    return torch.cat([part[row] for part in backend.gradients(theta, batch, labels, owner)])
+    seen = []
+    for part in backend.gradients(theta, batch, labels, owner):
+        wide = part.double()
+        seen += [part[row], LowPass(0.5)(part)[row], torch.linalg.vecdot(wide, wide.new_ones(wide.shape))[row, None]]
+    return torch.cat(seen)

@@ -57,6 +57,10 @@ class GatedSlots:
             scaled[:, slot.offset : slot.offset + slot.size].mul_(factors[:, gate : gate + 1])
         return scaled
 
+    def opened(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """`rows` [K, P] times the gates 2 sigmoid(`logits`) [K, M]: where a search takes its gradients."""
+        return self.scaled(rows, 2 * torch.sigmoid(logits))
+
     def weighted(self, gradients: Sequence[Tensor], factors: Tensor, owner: Tensor) -> list[Tensor]:
         """`gradients` with each gated slot's [N, size] multiplied by its owners' `factors` [K, M]."""
         weighted = list(gradients)
@@ -67,7 +71,7 @@ class GatedSlots:
     def products(self, gradients: Sequence[Tensor], directions: Tensor, owner: Tensor) -> Tensor:
         """[N, M] float64: inner product of each record's gradient with its owner's row of `directions` [K, P].
 
-        In float64, so that how a sum over one record's numbers is cut does not matter; cutting may depend on N.
+        A sum over one record's numbers may be cut differently for another N, which has to be that of a fixed shape.
         """
         columns = []
         for place in self.places:
@@ -110,7 +114,7 @@ def alignment_sums(
     Args:
         backend, dataset, token_budget: as in `clipped_sums`.
         records: positions of each client's records, as drawn.
-        start: [P] float32, where gradients are taken: B = 0.
+        start: [P] float32, where gradients are taken: B = 0, and a trained head as it is by now.
         directions: [P] float32, of `GatedSlots.directions`; released, thus public.
         gated: the modules that get a score.
         phase: clips.

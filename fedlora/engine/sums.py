@@ -21,7 +21,7 @@ from fedlora.privacy.plan import PhasePlan
 
 Vectors = Callable[[list[Tensor], Tensor], Sequence[Tensor]]
 """From gradients (one [N, size] per slot) and owners [N] to the vectors that are clipped, as one [N, width] or more.
-A record's row of the result may depend on its own row and owner alone."""
+A record's row of the result may depend on its own row and owner alone. N is that of a fixed shape, dummies included."""
 
 
 def clipped_sums(
@@ -54,8 +54,8 @@ def clipped_sums(
         batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
         owners = torch.from_numpy(owner[group.positions]).to(rows.device)
         everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
-        gradients = [part[: len(owners)] for part in backend.gradients(rows.detach(), batch, labels, everyone)]
-        phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, owners), owners)
+        gradients = backend.gradients(rows.detach(), batch, labels, everyone)
+        phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)
     return totals
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from fedlora.adapters.peft import export_adapter
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
+from fedlora.data.public_texts import refuse_training_records
 from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
@@ -27,6 +28,7 @@ from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.module_scores import public_texts
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.selection import check_selection
 from fedlora.federation.server import (
@@ -138,6 +140,8 @@ def _prepare(config: RunConfig, policy: SitePolicy | None) -> _Prepared:
     sites = make_sites(config, data, make_schedule(config), policy)
     workbench = build_workbench(resolve(config))
     check_selection(workbench)
+    if config.adapter.probe_texts:
+        refuse_training_records(public_texts(config), data.records)
     dataset = encode_training_data(workbench, data)
     return _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench))
 

@@ -27,7 +27,7 @@ from fedlora.federation.module_scores import SearchState
 from fedlora.federation.server import ServerState
 from fedlora.federation.site import Site
 
-FORMAT = "fedlora-checkpoint-2"
+FORMAT = "fedlora-checkpoint-3"
 
 
 def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> None:

@@ -94,16 +94,27 @@ class Cohort:
                 "lower training.learning_rate if this is your own run"
             )
 
+    def _check_gates(self, theta: Tensor) -> None:
+        """Gradients of a bilevel search are taken where the gates have scaled the weights."""
+        weights, logits = theta.split([self.workbench.layout.size, len(self.workbench.candidates)])
+        if self.workbench.gated.opened(weights[None], logits[None]).abs().max() > LARGEST_VALUE:
+            raise ProtocolError(
+                f"instruction's theta times its gates has values beyond ±{LARGEST_VALUE:g}, wanted what sound training "
+                "reaches; lower training.learning_rate if this is your own run"
+            )
+
     def _computation(self, instruction: RoundInstruction) -> Callable[[ScheduledRound], list[Tensor]]:
         """What the phase has every site compute, noise included. Whatever can be refused is refused here."""
         theta = instruction.theta.to(self.workbench.execution.device)
         phase = instruction.phase
+        if phase == BILEVEL:
+            self._check_gates(theta)
         if phase == PROTOTYPE:
             return partial(self._release, self._class_sums)
         if phase == EVALUATION:
             return partial(self._release, partial(self._confusion_counts, theta))
         if phase == ALIGNMENT:
-            return partial(self._release, partial(self._alignment_sums, self.workbench.gated.directions(theta)))
+            return partial(self._release, partial(self._alignment_sums, theta, self.workbench.gated.directions(theta)))
         return partial(self._search if phase == BILEVEL else self._train, theta)
 
     def _set_head(self, weight: Tensor, bias: Tensor) -> None:
@@ -203,7 +214,7 @@ class Cohort:
         bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
         return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget)
 
-    def _alignment_sums(self, directions: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
+    def _alignment_sums(self, theta: Tensor, directions: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
         bench, phase = self.workbench, site.plan[entry.phase]
         sampling = site.secret.numpy("sampling", site.client, entry.index)
         drawn = site.records[phase.sampler.draw(len(site.records), sampling)]
@@ -211,7 +222,7 @@ class Cohort:
             bench.backend,
             self.dataset,
             [drawn],
-            start=bench.initial_theta,
+            start=bench.gated.scaled(theta[None], theta.new_zeros(1, len(bench.candidates)))[0],
             directions=directions,
             gated=bench.gated,
             phase=phase,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedlora.adapters.dam import Selection, UpdateProducts, random_scores
 from fedlora.config import RunConfig
-from fedlora.data.encode import EncodedDataset, encode
+from fedlora.data.encode import encode
+from fedlora.data.glue import Records
 from fedlora.data.public_texts import public_records
 from fedlora.engine.probe import probe_scores
 from fedlora.errors import FedloraError
@@ -78,9 +79,10 @@ def _gate_deviations(config: RunConfig, noise_multipliers: Sequence[float], coun
 
 def _probe(workbench: Workbench) -> ModuleScores:
     """Traces of the modules' tangent kernels on public text; the rest of their spectra for whoever looks."""
+    config = workbench.config
     found = probe_scores(
         workbench.backend,
-        public_texts(workbench),
+        encode(public_texts(config), workbench.classifier.tokenizer, config.data.max_length),
         workbench.initial_theta,
         layout=workbench.layout,
         modules=[candidate.module for candidate in workbench.candidates],
@@ -109,8 +111,6 @@ def answers_per_round(config: RunConfig) -> int:
     return max(1, round(config.federation.participation * config.federation.clients))
 
 
-def public_texts(workbench: Workbench) -> EncodedDataset:
-    """What the probe looks at, encoded."""
-    config = workbench.config
-    records = public_records(config.data.task, config.adapter.probe_texts, PublicSeed.from_int(config.run.seed))
-    return encode(records, workbench.classifier.tokenizer, config.data.max_length)
+def public_texts(config: RunConfig) -> Records:
+    """What the probe looks at."""
+    return public_records(config.data.task, config.adapter.probe_texts, PublicSeed.from_int(config.run.seed))

@@ -43,7 +43,7 @@ def check_selection(workbench: Workbench) -> None:
     elif adapter.select not in ("none", "all"):
         _top(workbench, [0.0] * len(candidates))
     if adapter.select == "probe":
-        public_texts(workbench)
+        public_texts(config)
 
 
 def choose_modules(workbench: Workbench, search: SearchState, noise_multipliers: Sequence[float]) -> Selection:
@@ -86,7 +86,7 @@ def chosen_theta(workbench: Workbench, theta: Tensor, search: SearchState, befor
     if not workbench.config.adapter.warm_start:
         return start
     if search.gates is not None:
-        theta = before.scaled(theta[None], 2 * torch.sigmoid(search.gates)[None])[0]
+        theta = before.opened(theta[None], search.gates[None])[0]
     trained = {slot.name: before.layout.view(theta, slot) for slot in before.layout.slots}
     for slot in workbench.layout.slots:
         if slot.name in trained:  # an adapter that modules share starts afresh

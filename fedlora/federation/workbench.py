@@ -189,16 +189,18 @@ def _check_company(config: RunConfig, execution: Execution, classifier: Classifi
         known = pooled.weight.clone(), pooled.bias.clone()
         draw = PublicSeed.from_int(0).torch("company head")
         classifier.set_head(torch.randn(pooled.weight.shape, generator=draw), torch.zeros(pooled.bias.shape))
-    check_company(
-        backend,
-        vocabulary=len(classifier.tokenizer),
-        num_labels=classifier.num_labels,
-        token_budget=execution.token_budget,
-        longest=min(config.data.max_length, classifier.tokenizer.model_max_length),
-        device=execution.device,
-    )
-    if pooled is not None:
-        classifier.set_head(*known)
+    try:
+        check_company(
+            backend,
+            vocabulary=len(classifier.tokenizer),
+            num_labels=classifier.num_labels,
+            token_budget=execution.token_budget,
+            longest=min(config.data.max_length, classifier.tokenizer.model_max_length),
+            device=execution.device,
+        )
+    finally:
+        if pooled is not None:
+            classifier.set_head(*known)
 
 
 def _make_backend(

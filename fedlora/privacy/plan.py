@@ -64,9 +64,13 @@ class PhasePlan:
         return self.clipping.clip_norm
 
     def add_clipped(self, total: Tensor, vectors: Sequence[Tensor], owner: Tensor) -> None:
-        """Project and clip every record's vector and add it to `total`; arguments as in `Clipping.add_clipped`."""
+        """Project and clip every record's vector and add it to `total`; arguments as in `Clipping.add_clipped`.
+
+        Rows beyond the owners are dummies that fill up a micro-batch's fixed shape. They go after the projection only:
+        a Fourier transform of fewer rows may round differently, and how many records there are is no row's business.
+        """
         projected = vectors if self.projection is None else [self.projection(part) for part in vectors]
-        self.clipping.add_clipped(total, projected, owner)
+        self.clipping.add_clipped(total, [part[: len(owner)] for part in projected], owner)
 
     def privatize(self, total: Tensor, *, noise: NoiseSource, slot_sizes: Sequence[int]) -> Tensor:
         """What may be released of one step's sum `total` [P] float64 of clipped records, [P] float32."""

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from fedlora.data.encode import encode
 from fedlora.data.glue import Records, load_records
-from fedlora.data.public_texts import public_records
+from fedlora.data.public_texts import public_records, refuse_training_records
 from fedlora.data.synthetic import generate
 from fedlora.data.tasks import TASKS
 from fedlora.errors import ConfigError
@@ -132,3 +132,10 @@ def test_the_home_folder_may_be_abbreviated(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HOME", str(tmp_path))
     written(tmp_path, "one\ntwo")
     assert len(public_records("sst2", "~/texts.txt", SEED)) == 2
+
+
+def test_training_records_are_no_public_texts() -> None:
+    training = Records(texts=(["a", "b"], ["x", "y"]), labels=np.zeros(2, np.int64))
+    refuse_training_records(Records(texts=(["a", "b"], ["y", "x"]), labels=np.zeros(2, np.int64)), training)
+    with pytest.raises(ConfigError, match="1 of 2 texts are records of this run's training data"):
+        refuse_training_records(Records(texts=(["a", "c"], ["x", "z"]), labels=np.ones(2, np.int64)), training)

@@ -129,7 +129,8 @@ def test_an_old_copy_of_a_run_that_went_on_is_refused_and_costs_nothing(under_po
     under_policy.stop(after=1)
     copy = shutil.copytree(under_policy.folder.path, under_policy.folder.path.with_name("copy"))
     resume(under_policy.folder.path, Stopping(), under_policy.policy())
-    with pytest.raises(RunFolderError, match=r"charged its rounds up to 3, and it knows rounds up to 1, .* an old copy"):
+    reason = r"charged its rounds up to 3, and it knows rounds up to 1, .* an old copy"
+    with pytest.raises(RunFolderError, match=reason):
         resume(copy, Stopping(), under_policy.policy())
     assert under_policy.ended() == [SPENT] * 4
 

@@ -76,8 +76,8 @@ def test_norms_never_grow_and_rows_do_not_mix(share: float) -> None:
 def test_a_share_of_one_computes_nothing() -> None:
     values = torch.randn(8)
     assert LowPass(1.0)(values) is values
-    plans = [make_plan(RunConfig().with_overrides(f"privacy.low_pass={s}"), num_examples=2000, num_steps={FINETUNE: 10}, client=0)
-             for s in (1, 0.25)]  # fmt: skip
+    configs = [RunConfig().with_overrides(f"privacy.low_pass={share}") for share in (1, 0.25)]
+    plans = [make_plan(config, num_examples=2000, num_steps={FINETUNE: 10}, client=0) for config in configs]
     assert [plan[FINETUNE].projection for plan in plans] == [None, LowPass(0.25)]
     assert plans[1][PROTOTYPE].projection is None
     assert plans[0][FINETUNE].charge() == plans[1][FINETUNE].charge(), "a projection is free"
