@@ -32,12 +32,23 @@ RECIPE, RESULTS = HERE / "recipes" / "dam.toml", HERE / "results" / "dam"
 PAGE = HERE.parent / "docs" / "dam.md"
 START, END = "<!-- tables: python -m simulations.dam -->", "<!-- end of tables -->"
 TASKS: dict[str, tuple[str, ...]] = {
+    "quickstart": (
+        "data.task=sst2",
+        "data.source=generated",
+        "federation.rounds=10",
+        "federation.local_steps=10",
+        "training.learning_rate=8.0",
+        "training.expected_batch_size=128",
+        "adapter.search_rounds=2",
+        "run.evaluate_every=10",
+    ),
     "generated": ("data.task=sst2", "data.source=generated"),
     "sst2": ("data.task=sst2",),
     "cola": ("data.task=cola",),
     "mrpc": ("data.task=mrpc", "training.expected_batch_size=96", "data.max_length=64"),
 }
-"""The generated corpus beside real tasks: easy enough for a few noisy steps to show."""
+"""Settings beside the recipe's. The quickstart has 100 steps, all others 6; the generated corpus is easy enough for a
+few noisy steps to show."""
 MOST_RECORDS = 9000
 """Of a real task: the first rows of a public shuffle. A prototype release looks at every record, in every run."""
 ALL, CONTROLS = "all", ("random", "half-rank")
