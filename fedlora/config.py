@@ -351,6 +351,12 @@ def _check_selection(config: RunConfig) -> None:
                 "adapter.discretise = cost_aware compares the updates of different rounds, but adapter.warmup_rounds = "
                 f"{adapter.warmup_rounds}; set it to at least 2"
             )
+    if config.training.keep_state and (adapter.select == "warmup" or (least and adapter.discretise == "cost_aware")):
+        raise ConfigError(
+            "training.keep_state = true carries the noise of one round's updates into the next, but adapter.select = "
+            f"{adapter.select} with adapter.discretise = {adapter.discretise} compares updates whose noise is "
+            "independent; set training.keep_state=false, or choose in another way"
+        )
     if (adapter.select == "mask") != bool(adapter.mask):
         raise ConfigError(
             f"adapter.select = {adapter.select} with adapter.mask = {shown(adapter.mask)}: a given choice needs both "

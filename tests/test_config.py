@@ -309,3 +309,10 @@ def test_every_key_is_documented() -> None:
     for section in SECTIONS.values():
         for spec in dataclasses.fields(section):
             assert spec.metadata["help"]
+
+
+@pytest.mark.parametrize("choice", ["adapter.select=warmup", "adapter.select=alignment,adapter.discretise=cost_aware"])
+def test_updates_are_not_compared_whose_optimiser_state_outlives_a_round(choice: str) -> None:
+    RunConfig().with_overrides(*choice.split(","))
+    with pytest.raises(ConfigError, match=r"training\.keep_state = true carries the noise"):
+        RunConfig().with_overrides(*choice.split(","), "training.keep_state=true")

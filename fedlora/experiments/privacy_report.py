@@ -126,6 +126,8 @@ def _choice(record: Record) -> str:
     selection = record.get("selection")
     if selection is None:
         return ""
+    if guarantee_of(record).flaws:
+        return words.CHOICE.format(choice=Selection.from_json(selection), why=words.CHOICE_UNPROTECTED)
     given = bool(record["config"]["adapter"]["probe_texts"])
     why = words.CHOICE_COSTS_NOTHING[selection["method"]].format(texts=words.PROBE_TEXTS[given])
     return words.CHOICE.format(choice=Selection.from_json(selection), why=why)

@@ -60,6 +60,8 @@ that it is told of.
 
 {why}"""
 
+CHOICE_UNPROTECTED = "No guarantee holds for what it was made of, and so none for the choice."
+
 CHOICE_COSTS_NOTHING = {
     "all": "No record was looked at, so it costs nothing.",
     "mask": "It was given with the run, as a file. This run has spent nothing on it. That whoever made the file did "
