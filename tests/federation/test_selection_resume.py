@@ -28,8 +28,8 @@ KEPT_ADAM = ("training.optimizer=adam", "training.keep_state=true")
 RUNS = {
     "alignment": ["adapter.select=alignment", "model.head=prototype", *KEPT_ADAM],
     "cost-aware": ["adapter.select=alignment", "adapter.discretise=cost_aware", "adapter.sharing=type"],
-    "warmup": ["adapter.select=warmup", *KEPT_ADAM],
-    "one site a round": ["adapter.select=warmup", "federation.participation=0.34", "run.seed=1", *KEPT_ADAM],
+    "warmup": ["adapter.select=warmup"],
+    "one site a round": ["adapter.select=bilevel", "federation.participation=0.34", "run.seed=1", *KEPT_ADAM],
     "bilevel": ["adapter.select=bilevel", "model.head=trained", *KEPT_ADAM],
     "probe": ["adapter.select=probe", "model.head=prototype"],
     "random": ["adapter.select=random"],

@@ -183,7 +183,7 @@ def test_both_transports_end_with_the_same_adapter(
 
 SELECTED = {
     "alignment, adam kept": (
-        "adapter.select=alignment", "adapter.alignment_records=40", "adapter.discretise=cost_aware",
+        "adapter.select=alignment", "adapter.alignment_records=40",
         "training.optimizer=adam", "training.keep_state=true", "training.learning_rate=0.1",
         "federation.private_evaluation=true",
     ),
