@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from fedlora.adapters.dam import Selection, discretise, overlap
+from simulations.page import write_between
 from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
@@ -238,13 +239,6 @@ def report() -> str:
     return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items())
 
 
-def write_page(text: str) -> None:
-    """Replace what stands between the two marks of the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="folder with sst2/, cola/ and mrpc/, each of parquet files")
@@ -266,7 +260,7 @@ def main() -> None:
         for job in jobs:
             job.result()
     text = report()
-    write_page(text)
+    write_between(PAGE, START, END, text)
     print(text)
 
 

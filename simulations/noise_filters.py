@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from simulations.page import write_between
 from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
@@ -84,13 +85,6 @@ def table(variants: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write_page(text: str) -> None:
-    """Replace what stands between the two marks of the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -114,7 +108,7 @@ def main() -> None:
         for job in jobs:
             job.result()
     found = table(list(VARIANTS))
-    write_page(found)
+    write_between(PAGE, START, END, found)
     print(found)
 
 

@@ -21,7 +21,7 @@ from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.egress import FACTS, PHASE_FACTS, Fact
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
-from fedlora.privacy.plan import BILEVEL, FINETUNE, WARMUP
+from fedlora.privacy.plan import TRAINING
 from fedlora.privacy.units import Guarantee
 
 NO_POLICY, POLICY, SITES = "none", "policy", "sites"
@@ -183,8 +183,7 @@ def _epsilon_charged(facts: Mapping[str, Any], anew: Sequence[tuple[str, int]]) 
 
 def _nominal(facts: Mapping[str, Any], phase: Mapping[str, Any]) -> float:
     """The σ of the mechanism's own description. All training has one; other releases are Gaussian: both are one."""
-    trains = phase["name"] in (WARMUP, BILEVEL, FINETUNE)
-    nominal: float = facts["noise_multiplier"] if trains else phase["effective_noise_multiplier"]
+    nominal: float = facts["noise_multiplier"] if phase["name"] in TRAINING else phase["effective_noise_multiplier"]
     return nominal
 
 

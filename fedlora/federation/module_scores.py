@@ -16,6 +16,7 @@ from fedlora.data.glue import Records
 from fedlora.data.public_texts import public_records
 from fedlora.engine.probe import probe_scores
 from fedlora.errors import FedloraError
+from fedlora.federation.schedule import cohort_size
 from fedlora.federation.workbench import Workbench
 from fedlora.randomness import PublicSeed
 
@@ -74,7 +75,7 @@ def _gate_deviations(config: RunConfig, noise_multipliers: Sequence[float], coun
     step = config.adapter.gate_learning_rate / config.training.expected_batch_size
     variance = sum(multiplier**2 for multiplier in noise_multipliers) / len(noise_multipliers)
     steps = config.search_rounds * config.federation.local_steps
-    return [step * math.sqrt(variance * steps / answers_per_round(config))] * count
+    return [step * math.sqrt(variance * steps / cohort_size(config))] * count
 
 
 def _probe(workbench: Workbench) -> ModuleScores:
@@ -104,11 +105,6 @@ def released(found: T | None, phase: str) -> T:
     if found is None:
         raise FedloraError(f"no round of the {phase} phase has released anything, so that no modules can be chosen")
     return found
-
-
-def answers_per_round(config: RunConfig) -> int:
-    """How many updates a round averages, if everybody answers."""
-    return max(1, round(config.federation.participation * config.federation.clients))
 
 
 def public_texts(config: RunConfig) -> Records:

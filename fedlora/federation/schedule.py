@@ -47,6 +47,11 @@ def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
     return tuple(rounds)
 
 
+def cohort_size(config: RunConfig) -> int:
+    """How many clients are asked in a round of training."""
+    return max(1, round(config.federation.participation * config.federation.clients))
+
+
 def planned_steps(schedule: Iterable[ScheduledRound], client: int) -> dict[str, int]:
     """Private steps of `client` by phase."""
     steps: Counter[str] = Counter()
@@ -63,7 +68,7 @@ def _learning_rate(config: RunConfig, number: int) -> float:
 
 
 def _cohort(config: RunConfig, everyone: tuple[int, ...], number: int) -> tuple[int, ...]:
-    size = max(1, round(config.federation.participation * len(everyone)))
+    size = cohort_size(config)
     if size == len(everyone):
         return everyone
     generator = PublicSeed.from_int(config.run.seed).numpy("cohort", number)

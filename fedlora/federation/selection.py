@@ -19,15 +19,16 @@ from fedlora.engine.gates import GatedSlots
 from fedlora.federation.module_scores import (
     ModuleScores,
     SearchState,
-    answers_per_round,
     module_scores,
     public_texts,
     released,
 )
+from fedlora.federation.schedule import cohort_size
 from fedlora.federation.workbench import Workbench
 from fedlora.randomness import PublicSeed
 
 _REDRAWS = 200
+_NO_SCORES = ModuleScores()
 
 
 def check_selection(workbench: Workbench) -> None:
@@ -59,18 +60,19 @@ def choose_modules(workbench: Workbench, search: SearchState, noise_multipliers:
     """
     adapter, candidates = workbench.config.adapter, workbench.candidates
     if adapter.select == "all":
-        return _selection(workbench, ModuleMask(candidates, (True,) * len(candidates)))
+        return _selection(workbench, ModuleMask(candidates, (True,) * len(candidates)), "none")
     if adapter.select == "mask":
-        return _selection(workbench, read_mask(Path(adapter.mask).expanduser(), candidates))
+        return _selection(workbench, read_mask(Path(adapter.mask).expanduser(), candidates), "none")
     scores = module_scores(workbench, search, noise_multipliers)
     if adapter.discretise != "cost_aware":
-        return _selection(workbench, _top(workbench, scores.values), scores)
-    ratio = released(search.products, "warm-up").noise_to_signal(answers_per_round(workbench.config))
-    mask, note = _cost_aware(workbench, scores, ratio), ""
-    if mask is None:
-        mask = _top(workbench, scores.values)
-        note = "no signal stood out of the noise of the warm-up, so the choice fell back on global_topk"
-    return _selection(workbench, mask, scores, noise_to_signal=ratio, note=note)
+        return _selection(workbench, _top(workbench, scores.values), adapter.discretise, scores)
+    ratio = released(search.products, "warm-up").noise_to_signal(cohort_size(workbench.config))
+    mask = _cost_aware(workbench, scores, ratio)
+    if mask is not None:
+        return _selection(workbench, mask, "cost_aware", scores, noise_to_signal=ratio)
+    note = "no signal stood out of the noise of the warm-up, so the choice fell back on global_topk"
+    fallback = _top(workbench, scores.values)
+    return _selection(workbench, fallback, "global_topk", scores, noise_to_signal=ratio, note=note)
 
 
 def chosen_theta(workbench: Workbench, theta: Tensor, search: SearchState, before: GatedSlots) -> Tensor:
@@ -115,22 +117,21 @@ def _cost_aware(workbench: Workbench, scores: ModuleScores, noise_to_signal: flo
 def _selection(
     workbench: Workbench,
     mask: ModuleMask,
-    scores: ModuleScores | None = None,
+    how: str,
+    scores: ModuleScores = _NO_SCORES,
     *,
     noise_to_signal: float | None = None,
     note: str = "",
 ) -> Selection:
-    adapter = workbench.config.adapter
-    found = scores or ModuleScores()
     return Selection(
         mask=mask,
-        method=adapter.select,
-        discretise="none" if scores is None else "global_topk" if note else adapter.discretise,
+        method=workbench.config.adapter.select,
+        discretise=how,
         ratio=sum(mask.chosen) / len(mask.chosen),
-        scores=tuple(found.values),
+        scores=tuple(scores.values),
         noise_to_signal=noise_to_signal,
-        stability=_stability(workbench, mask, found, noise_to_signal),
-        diagnostics=found.diagnostics,
+        stability=_stability(workbench, mask, scores, noise_to_signal),
+        diagnostics=scores.diagnostics,
         note=note,
     )
 

@@ -5,7 +5,7 @@ Server, simulated cohort and a single client build the same thing, so their layo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ def build_workbench(config: RunConfig) -> Workbench:
         execution=execution,
         classifier=classifier,
         schedule=make_schedule(config),
-        candidates=_candidates(classifier, config.adapter.targets),
+        candidates=find_candidates(classifier, config.adapter.targets),
         full_layout=layout,
         mask=None,
         places=places,
@@ -134,7 +134,8 @@ def build_workbench(config: RunConfig) -> Workbench:
     )
 
 
-def _candidates(classifier: Classifier, targets: tuple[str, ...]) -> tuple[Candidate, ...]:
+def find_candidates(classifier: Classifier, targets: Sequence[str]) -> tuple[Candidate, ...]:
+    """The linears that `targets` names, as modules that may get an adapter, in the model's order."""
     found = []
     for path, module in classifier.target_modules(targets).items():
         layer, kind = block_position(path, classifier.family)

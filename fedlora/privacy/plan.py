@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -189,14 +189,7 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
             accountant=privacy.accountant,
         )
     warmup, finetune = (
-        PhasePlan(
-            name=name,
-            sampler=PoissonSampler(probability),
-            clipping=Clipping(privacy.clipping, privacy.clip_norm),
-            mechanism=make_mechanism(privacy, noise_multiplier),
-            num_steps=num_steps.get(name, 0),
-            projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
-        )
+        _training_phase(config, name, probability, noise_multiplier, num_steps.get(name, 0))
         for name in (WARMUP, FINETUNE)
     )
     warmups = (warmup,) if config.warmup_rounds else ()
@@ -228,29 +221,35 @@ def _alignment_phases(config: RunConfig, num_examples: int) -> tuple[PhasePlan, 
     return (_one_release(config, ALIGNMENT, 1.0, noise_multiplier, probability=probability, kind="automatic"),)
 
 
+def _training_phase(
+    config: RunConfig, name: str, probability: float, noise_multiplier: float, num_steps: int
+) -> PhasePlan:
+    """Private steps on adapters, by the run's clipping, mechanism and projection."""
+    privacy = config.privacy
+    return PhasePlan(
+        name=name,
+        sampler=PoissonSampler(probability),
+        clipping=Clipping(privacy.clipping, privacy.clip_norm),
+        mechanism=make_mechanism(privacy, noise_multiplier),
+        num_steps=num_steps,
+        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
+    )
+
+
 def _bilevel_phase(
     config: RunConfig, probability: float, noise_multiplier: float, num_steps: int, client: int
 ) -> PhasePlan:
     """Steps on weights and, beside them, on gates, each on its half of the records."""
-    privacy = config.privacy
-    sampler = PoissonSampler(_search_probability(config, probability, client))
-    mechanism = make_mechanism(privacy, noise_multiplier)
+    own_probability = _search_probability(config, probability, client)
+    weights = _training_phase(config, BILEVEL, own_probability, noise_multiplier, num_steps)
     gates = PhasePlan(
         name="gates",
-        sampler=sampler,
+        sampler=weights.sampler,
         clipping=Clipping("automatic", 1.0),
-        mechanism=GaussianMechanism(mechanism.effective_noise_multiplier),
+        mechanism=GaussianMechanism(weights.mechanism.effective_noise_multiplier),
         num_steps=num_steps,
     )
-    return PhasePlan(
-        name=BILEVEL,
-        sampler=sampler,
-        clipping=Clipping(privacy.clipping, privacy.clip_norm),
-        mechanism=mechanism,
-        num_steps=num_steps,
-        projection=LowPass(privacy.low_pass) if privacy.low_pass < 1 else None,
-        beside=gates,
-    )
+    return replace(weights, beside=gates)
 
 
 def _search_probability(config: RunConfig, probability: float, client: int) -> float:

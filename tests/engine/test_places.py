@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.dam import Candidate, ModuleMask
+from fedlora.adapters.dam import ModuleMask
 from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
@@ -22,8 +22,8 @@ from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.opacus import OpacusBackend
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import AdapterError, ModelError
+from fedlora.federation.workbench import find_candidates
 from fedlora.models import Classifier
-from fedlora.models.families import block_position
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.noise import HostNoise
 from fedlora.randomness import PublicSeed, SecretRoot
@@ -57,19 +57,8 @@ def plan(
     classifier: Classifier, pattern: tuple[bool, ...], *, shared: bool, heads: bool = True, types: Any = ("all",)
 ) -> Plan:
     modules = classifier.target_modules(types)
-    candidates = []
-    for path, linear in modules.items():
-        layer, kind = block_position(path, classifier.family)
-        candidates.append(
-            Candidate(
-                module=path,
-                layer=layer,
-                kind=kind,
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-            )
-        )
-    mask = ModuleMask(tuple(candidates), tuple(pattern[i % len(pattern)] for i in range(len(candidates))))
+    candidates = find_candidates(classifier, types)
+    mask = ModuleMask(candidates, tuple(pattern[i % len(pattern)] for i in range(len(candidates))))
     places = {path: (path,) for path in mask.modules} | (dict(mask.sharing) if shared else {})
     trained = classifier.head_modules() if heads else {}
     layout = ffa.build_layout(modules, trained, places=places, rank=4, alpha=8.0)

@@ -21,20 +21,6 @@ TYPES = ("query", "key", "value", "attention_output", "up", "down")
 GUARANTEE = "ε = 2 at δ = 1e-5"
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures as they were when they were saved."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def watched(self: Figure, *arguments: Any, **how: Any) -> None:
-        figures.append(self)
-        save(self, *arguments, **how)
-
-    monkeypatch.setattr(Figure, "savefig", watched)
-    return figures
-
-
 def selection(
     places: Sequence[tuple[int, str]], chosen: Sequence[bool], scores: Sequence[float] = (), **changes: Any
 ) -> Selection:

@@ -170,15 +170,20 @@ EVALUATED = ("federation.private_evaluation=true", "data.heldout_share=0.3", "pr
 def test_both_transports_end_with_the_same_adapter(
     config: RunConfig, tmp_path: Path, overrides: tuple[str, ...], forgetful: bool
 ) -> None:
-    config = config.with_overrides(*overrides)
+    run_over_both(config.with_overrides(*overrides), tmp_path, forgetful=forgetful)
+
+
+def run_over_both(config: RunConfig, folder: Path, *, forgetful: bool) -> tuple[LocalGrid, Path, Path]:
+    """Flower's grid, and the run folders of its and of the cohort's transport, which ended alike."""
     grid = LocalGrid(config)
     grid.forgetful = forgetful
     flower = run(config, grid)
-    fused = simulate(config.with_overrides(f"run.out='{tmp_path / 'cohort'}'"), Silent())
+    fused = simulate(config.with_overrides(f"run.out='{folder / 'cohort'}'"), Silent())
     assert_same_adapter(flower, fused)
     ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
     for key in ("clients", "metric", "bytes_up", "bytes_down", "config_digest", "noise_seeded", "private_evaluation"):
         assert ours[key] == theirs[key], key
+    return grid, flower, fused
 
 
 SELECTED = {
@@ -202,14 +207,8 @@ def test_both_transports_choose_the_same_modules_and_end_with_the_same_adapter(
     config: RunConfig, tmp_path: Path, kind: str, forgetful: bool
 ) -> None:
     config = config.with_overrides("federation.rounds=5", *SELECTED[kind])
-    grid = LocalGrid(config)
-    grid.forgetful = forgetful
-    flower = run(config, grid)
-    fused = simulate(config.with_overrides(f"run.out='{tmp_path / 'cohort'}'"), Silent())
-    assert_same_adapter(flower, fused)
+    grid, flower, fused = run_over_both(config, tmp_path, forgetful=forgetful)
     ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
-    for key in ("clients", "bytes_up", "bytes_down", "config_digest", "private_evaluation"):
-        assert ours[key] == theirs[key], key
     assert choice(ours) == choice(theirs)
     assert 0 < sum(choice(ours).values()) < 12
     sent = [wire.decode_instruction(clients.app._unpack(message)) for message in trained(grid)]

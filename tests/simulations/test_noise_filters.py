@@ -9,13 +9,13 @@ import pytest
 
 from fedlora.config import RunConfig
 from simulations import noise_filters
-from simulations.noise_filters import COMMON, RECIPE, VARIANTS, record_file, table, write_page
+from simulations.noise_filters import COMMON, RECIPE, VARIANTS, record_file, table
+from simulations.page import write_between
 
 
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(noise_filters, "RESULTS", tmp_path)
-    monkeypatch.setattr(noise_filters, "PAGE", tmp_path / "page.md")
     return tmp_path
 
 
@@ -70,5 +70,5 @@ def test_only_what_stands_between_the_marks_is_replaced(results: Path) -> None:
     page = results / "page.md"
     page.write_text(f"before\n{noise_filters.START}\nold\n{noise_filters.END}\nafter\n")
     for text in ("new", "newer"):
-        write_page(text)
+        write_between(page, noise_filters.START, noise_filters.END, text)
         assert page.read_text() == f"before\n{noise_filters.START}\n\n{text}\n\n{noise_filters.END}\nafter\n"
