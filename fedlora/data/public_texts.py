@@ -51,10 +51,9 @@ def refuse_training_records(public: Records, training: Records) -> None:
         ConfigError: a row of `public` is one of `training`.
     """
     private = set(zip(*training.texts, strict=True))
-    found = sum(row in private for row in zip(*public.texts, strict=True))
-    if found:
-        raise ConfigError(
-            f"adapter.probe_texts: {found} of {len(public)} texts are records of this run's training data, which a "
+    if not private.isdisjoint(zip(*public.texts, strict=True)):
+        raise ConfigError(  # not how many: that is a count of records
+            f"adapter.probe_texts: some of {len(public)} texts are records of this run's training data, which a "
             "probe must not see; give texts that are public, or leave it empty for generated ones"
         )
 
