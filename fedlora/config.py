@@ -99,6 +99,12 @@ class DataConfig(Section, section="data"):
     label_skew: str = setting("severe", 'a preset, or rows by client of shares by label: "0.9,0.1; 0.1,0.9; 0.5,0.5"')
     partition_column: str = setting("", "column whose values name the client, for partition = column")
     max_length: int = setting(128, "tokens; longer inputs are cut", at_least=4)
+    train_share: float = setting(
+        1.0, "share of the training records that a simulation uses, for short experiments", above=0, at_most=1
+    )
+    validation_part: Literal["all", "tuning", "reporting"] = setting(
+        "all", "of the public validation records: all | the half to choose settings on | the half to report after that"
+    )
     heldout_share: float = setting(
         0.1, "of a client's records, kept from training; only with federation.private_evaluation", above=0, at_most=0.9
     )

@@ -6,6 +6,7 @@
     │   ├── DataError                records, columns, labels, partitions
     │   ├── ModelError               base model, tokenizer, target modules
     │   ├── RunFolderError           an output or resume folder
+    │   ├── StoreError               a store of runs that is missing, damaged or of a newer version
     │   └── NoLedger                 a path to read a ledger from that has none
     ├── PrivacyError             3   budget or policy refused; nothing was trained or released
     │   ├── BudgetRefused            a charge would pass what was planned or what the site allows
@@ -49,6 +50,10 @@ class ModelError(InputError):
 
 class RunFolderError(InputError):
     """A run folder exists already, is missing or cannot be read."""
+
+
+class StoreError(InputError):
+    """A store of runs is missing, damaged, full or of a newer version."""
 
 
 class NoLedger(InputError):

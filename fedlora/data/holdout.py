@@ -1,4 +1,4 @@
-"""Which records are kept from training, or teach gates: decided by each record about itself alone."""
+"""Which records are kept from training, teach gates or choose settings: decided by each record about itself alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from fedlora.data.fingerprint import record_digest
 from fedlora.data.glue import Records
 from fedlora.randomness import PublicSeed
+
+_EVERY_RUN = PublicSeed.from_int(0)
 
 
 def held_out(records: Records, share: float, seed: PublicSeed) -> np.ndarray:
@@ -27,6 +29,23 @@ def gate_half(records: Records, seed: PublicSeed) -> np.ndarray:
     About half of them; split as by `held_out`, independently of it.
     """
     return _share(records, 0.5, seed, b"fedlora gates")
+
+
+def training_sample(records: Records, share: float) -> np.ndarray:
+    """For each record whether a short experiment uses it, bool [n]; the same ones in every run, whatever its seed.
+
+    For simulations only. How many they are depends on their texts, so that a real site, whose n is public, would give
+    away a count of its records.
+    """
+    return _share(records, share, _EVERY_RUN, b"fedlora sample")
+
+
+def tuning_half(records: Records) -> np.ndarray:
+    """For each public validation record whether settings are chosen on it, bool [n]; the same in every run.
+
+    The other half is what a sweep reports after that, so that nothing is reported on what was chosen by.
+    """
+    return _share(records, 0.5, _EVERY_RUN, b"fedlora tuning")
 
 
 def _share(records: Records, share: float, seed: PublicSeed, purpose: bytes) -> np.ndarray:

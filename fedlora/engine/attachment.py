@@ -25,7 +25,7 @@ class Attachment:
         Raises:
             AdapterError: another back end is attached, whose modules would be adapted once more.
         """
-        if any(isinstance(module, Replacement) for module in classifier.modules()):
+        if is_attached(classifier):
             raise AdapterError("another back end is attached to this classifier; detach it first")
         self._classifier = classifier
         self._originals: list[tuple[str, nn.Module]] = []
@@ -53,3 +53,8 @@ class Attachment:
         """
         if not self.holds:
             raise AdapterError("this back end was detached from its classifier; use the one attached since")
+
+
+def is_attached(classifier: Classifier) -> bool:
+    """Whether any of its modules is replaced."""
+    return any(isinstance(module, Replacement) for module in classifier.modules())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +41,9 @@ from fedlora.federation.server import (
     evaluated,
     initial_state,
 )
+from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
-from fedlora.federation.sites import encode_training_data, load_simulated_data, localised, make_sites
+from fedlora.federation.sites import load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.plan import ALIGNMENT, EVALUATION, FINETUNE, PROTOTYPE
@@ -73,12 +74,15 @@ class CohortTransport:
         return [*cohort.run(instruction)]
 
 
-def simulate(config: RunConfig, progress: Progress, policy: SitePolicy | None = None) -> Path:
+def simulate(
+    config: RunConfig, progress: Progress, policy: SitePolicy | None = None, shelf: Shelf | None = None
+) -> Path:
     """Run `config` in this process; everything is checked before the run folder is made.
 
     Args:
         policy: that every simulated site obeys, and whose ledger they charge; without one, their plans are the only
             limit and the ledger lies in the run folder.
+        shelf: with what this run has in common with others of this process.
 
     Returns:
         The run folder.
@@ -88,16 +92,20 @@ def simulate(config: RunConfig, progress: Progress, policy: SitePolicy | None = 
         PrivacyError: the asked ε cannot be met, or the policy refuses; nothing was written.
     """
     RunFolder.check_free(config)
-    prepared = _prepare(config, policy)
-    if policy is not None:
-        _check_budgets(prepared.sites, policy)
-    folder = RunFolder.create(prepared.workbench.config)
-    _run_cohort(prepared, folder, progress, policy)
+    with _prepared(config, policy, shelf or Shelf()) as prepared:
+        if policy is not None:
+            _check_budgets(prepared.sites, policy)
+        folder = RunFolder.create(prepared.workbench.config)
+        _run_cohort(prepared, folder, progress, policy)
     return folder.path
 
 
-def resume(path: Path, progress: Progress, policy: SitePolicy | None = None) -> Path:
+def resume(path: Path, progress: Progress, policy: SitePolicy | None = None, shelf: Shelf | None = None) -> Path:
     """Go on with an interrupted run of the cohort transport after its last whole round.
+
+    Args:
+        policy: the one it was begun under.
+        shelf: as for `simulate`.
 
     Raises:
         RunFolderError: there is nothing at `path` to go on with, or it was run under a policy and now is not.
@@ -109,8 +117,11 @@ def resume(path: Path, progress: Progress, policy: SitePolicy | None = None) -> 
             f"cannot resume {path}: it was begun {'without' if policy else 'under'} a policy; "
             f"{'leave --policy out' if policy else 'name the same one with --policy'}"
         )
-    with folder.resumable(policy.path if policy else None):
-        _run_cohort(_prepare(config, policy), folder, progress, policy)
+    with (
+        folder.resumable(policy.path if policy else None),
+        _prepared(config, policy, shelf or Shelf()) as prepared,
+    ):
+        _run_cohort(prepared, folder, progress, policy)
     return folder.path
 
 
@@ -133,17 +144,24 @@ class _Prepared:
     evaluator: Evaluator
 
 
-def _prepare(config: RunConfig, policy: SitePolicy | None) -> _Prepared:
-    """All that a run needs, so that nothing the user can correct is left to be found later; cheap mistakes first."""
+@contextmanager
+def _prepared(config: RunConfig, policy: SitePolicy | None, shelf: Shelf) -> Iterator[_Prepared]:
+    """All that a run needs, so that nothing the user can correct is left to be found later; cheap mistakes first.
+
+    The base model is given back as it was.
+    """
     config = localised(config, policy)
-    data = load_simulated_data(config)
+    data = load_simulated_data(config, shelf)
     sites = make_sites(config, data, make_schedule(config), policy)
-    workbench = build_workbench(resolve(config))
-    check_selection(workbench)
-    if config.adapter.probe_texts:
-        refuse_training_records(public_texts(config), data.records)
-    dataset = encode_training_data(workbench, data)
-    return _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench))
+    workbench = build_workbench(resolve(config), shelf)
+    try:
+        check_selection(workbench)
+        if config.adapter.probe_texts:
+            refuse_training_records(public_texts(config), data.records)
+        dataset = shelf.encoded(config, "train", workbench.classifier)
+        yield _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench, shelf))
+    finally:
+        workbench.backend.detach()
 
 
 def _check_budgets(sites: Sequence[Site], policy: SitePolicy) -> None:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fedlora.config import RunConfig
-from fedlora.data.encode import EncodedDataset, encode
-from fedlora.data.glue import available_validation_splits, load_records
+from fedlora.data.encode import EncodedDataset
+from fedlora.data.glue import available_validation_splits
 from fedlora.data.tasks import TASKS
 from fedlora.engine.batching import microbatches
 from fedlora.evaluation import glue_metrics
+from fedlora.federation.shelf import Shelf
 from fedlora.federation.workbench import Workbench
-from fedlora.randomness import PublicSeed
 
 
 class Evaluator:
     """Holds the encoded validation splits of a run's task."""
 
-    def __init__(self, workbench: Workbench) -> None:
+    def __init__(self, workbench: Workbench, shelf: Shelf | None = None) -> None:
         """Load and encode.
+
+        Args:
+            shelf: that the records may lie on already.
 
         Raises:
             DataError: no validation split can be found.
         """
         self._workbench = workbench
-        self.splits = load_validation(workbench.config, workbench)
+        config, shelf = workbench.config, shelf or Shelf()
+        self.splits = {
+            split: shelf.encoded(config, split, workbench.classifier)
+            for split in available_validation_splits(config.data.task, config.data.source)
+        }
         self.headline = TASKS[workbench.config.data.task].metric
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
@@ -46,17 +52,3 @@ class Evaluator:
             chosen = logits[:, 0] if labels.is_floating_point() else logits.argmax(dim=1)
             predictions[group] = chosen.cpu().numpy()
         return predictions
-
-
-def load_validation(config: RunConfig, workbench: Workbench) -> dict[str, EncodedDataset]:
-    seed = PublicSeed.from_int(config.run.seed)
-    return {
-        split: encode(
-            load_records(
-                config.data.task, config.data.source, split, generated_records=config.data.generated_records, seed=seed
-            ),
-            workbench.classifier.tokenizer,
-            config.data.max_length,
-        )
-        for split in available_validation_splits(config.data.task, config.data.source)
-    }

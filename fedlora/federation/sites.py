@@ -11,12 +11,13 @@ import numpy as np
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
 from fedlora.data.fingerprint import fingerprint
-from fedlora.data.glue import Records, load_records
+from fedlora.data.glue import Records
 from fedlora.data.holdout import gate_half, held_out
 from fedlora.data.partition import partition
 from fedlora.engine.execution import find_device
 from fedlora.errors import ConfigError, DataError, PolicyRefused
 from fedlora.federation.schedule import ScheduledRound, planned_steps
+from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.models import locate_model
@@ -35,26 +36,34 @@ class TrainingData:
     """Positions into `records`, int64, by client."""
 
 
-def load_simulated_data(config: RunConfig) -> TrainingData:
+def load_simulated_data(config: RunConfig, shelf: Shelf | None = None) -> TrainingData:
     """Training records and their partition among all clients, disjoint by construction.
+
+    Args:
+        shelf: that the records may lie on already.
 
     Raises:
         DataError: records cannot be found or divided as asked.
     """
-    records = _load_records(config)
+    records = (shelf or Shelf()).records(config, "train")
     parts = partition(config.data, config.federation.clients, records, PublicSeed.from_int(config.run.seed))
     return TrainingData(records=records, parts=dict(enumerate(parts)))
 
 
 def load_own_data(config: RunConfig, client: int) -> TrainingData:
-    """A real site's records: all of them are its own, however the run would divide simulated ones."""
-    records = _load_records(config)
+    """A real site's records: all of them are its own, however the run would divide simulated ones.
+
+    Raises:
+        ConfigError: the run wants a share of them, whose size would tell about them.
+        DataError: they cannot be found.
+    """
+    if config.data.train_share < 1:
+        raise ConfigError(
+            f"data.train_share = {config.data.train_share:g} is for simulations: how many records of a site fall into "
+            "a share depends on their texts; set data.train_share=1"
+        )
+    records = Shelf().records(config, "train")
     return TrainingData(records=records, parts={client: np.arange(len(records), dtype=np.int64)})
-
-
-def _load_records(config: RunConfig) -> Records:
-    data, seed = config.data, PublicSeed.from_int(config.run.seed)
-    return load_records(data.task, data.source, "train", generated_records=data.generated_records, seed=seed)
 
 
 def localised(config: RunConfig, policy: SitePolicy | None) -> RunConfig:

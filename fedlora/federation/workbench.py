@@ -15,7 +15,6 @@ from fedlora.adapters.dam import Candidate, ModuleMask
 from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
-from fedlora.data.tasks import TASKS
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.company import check_company
 from fedlora.engine.confusion import confusion_layout
@@ -24,7 +23,8 @@ from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.gates import GatedSlots
 from fedlora.engine.prototypes import prototype_layout
 from fedlora.federation.schedule import ScheduledRound, make_schedule
-from fedlora.models import Classifier, load_classifier
+from fedlora.federation.shelf import Shelf
+from fedlora.models import Classifier
 from fedlora.models.families import block_position
 from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
@@ -102,22 +102,18 @@ class Workbench:
         )
 
 
-def build_workbench(config: RunConfig) -> Workbench:
+def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
     """Load the base model and attach the adapters, of all candidates where some are to be chosen.
+
+    Args:
+        shelf: that lends the base model.
 
     Raises:
         ModelError: the model or a target module cannot be found.
         PrivacyError: on this machine records of one micro-batch influence one another.
     """
     execution = choose_execution(config)
-    classifier = load_classifier(
-        config.model,
-        num_labels=TASKS[config.data.task].num_labels,
-        seed=PublicSeed.from_int(config.run.seed),
-        device=execution.device,
-        dtype=execution.dtype,
-        attention=execution.attention,
-    )
+    classifier = (shelf or Shelf()).classifier(config, execution)
     places, layout, backend, initial_theta = _attach(config, execution, classifier, None)
     return Workbench(
         config=config,

@@ -132,6 +132,11 @@ class Classifier(nn.Module):
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
 
+    def clear_head(self) -> None:
+        """A prototype head as it was before any prototypes were set; nothing to do for the model's own."""
+        if self.head is not None:
+            self.set_head(torch.zeros_like(self.head.linear.weight), torch.zeros_like(self.head.linear.bias))
+
     def target_modules(self, types: Sequence[str]) -> dict[str, nn.Linear]:
         """The backbone's linears that `types` names: path inside `backbone` -> original module, in model order.
 

@@ -200,6 +200,12 @@ class SitePolicy:
         _at_most("limits.most_clients", "federation.clients", federation.clients, limits.most_clients)
         _at_most("limits.largest_rank", "adapter.rank", config.adapter.rank, limits.largest_rank)
         _at_most("limits.longest_input", "data.max_length", config.data.max_length, limits.longest_input)
+        if config.data.train_share < 1:
+            raise PolicyRefused(
+                f"data.train_share = {config.data.train_share:g}: how many records fall into a share would tell about "
+                "them; a site takes part with all or not at all",
+                rule="data",
+            )
         for phase in _asked_phases(config):
             _member("phases", "phase", phase, self.allow.phases)
         if privacy.seeded_noise or config.unsound:

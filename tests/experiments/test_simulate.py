@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fedlora.errors import BudgetRefused, RunFolderError, RunInterrupted
 from fedlora.experiments import simulate as module
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import resume, simulate
+from fedlora.federation.shelf import Shelf
 from fedlora.privacy.ledger import Ledger
 
 MakeRun = Callable[..., RunConfig]
@@ -349,7 +351,8 @@ class _Elsewhere:
     """Sites in another process: they answer, and the server dies before it has written anything down."""
 
     def __init__(self, config: RunConfig, dies_at: int | None) -> None:
-        prepared = module._prepare(config, None)
+        self.open = ExitStack()  # it would take the adapters off again where it is collected
+        prepared = self.open.enter_context(module._prepared(config, None, Shelf()))
         self.inner = module.CohortTransport(
             workbench=prepared.workbench,
             dataset=prepared.dataset,

@@ -19,7 +19,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import PolicyRefused
 from fedlora.experiments import simulate as experiment
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.federation import sites
+from fedlora.federation import shelf, sites
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
@@ -143,8 +143,8 @@ def refused(said: Said, code: int = 3) -> str:
 @pytest.fixture
 def nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a record nor a model nor the hub."""
-    for name in ("load_records", "locate_model"):
-        monkeypatch.setattr(sites, name, lambda *_, **__: pytest.fail("touched although the run is refused"))
+    for module, name in ((shelf, "load_records"), (sites, "locate_model")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("touched although the run is refused"))
     monkeypatch.setattr(experiment, "build_workbench", lambda *_: pytest.fail("a model was built"))
 
 
@@ -251,7 +251,7 @@ def test_prototypes_can_be_forbidden(hospital: Hospital, nothing_is_touched: Non
 def test_other_weights_are_refused_before_a_record_is_read_and_the_refusal_has_both_digests(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sites, "load_records", lambda *_, **__: pytest.fail("records were read"))
+    monkeypatch.setattr(shelf, "load_records", lambda *_, **__: pytest.fail("records were read"))
     digest = locate_model(hospital.config.model.name).digest
     hospital.write_policy((digest, "0" * 64))
     message = refused(hospital.ask())
@@ -418,7 +418,7 @@ def test_a_size_that_stays_is_nowhere_and_the_declared_one_decides(hospital: Hos
     assert facts["sampling_probability"] == 16 / declared
     for path in (hospital.folder / "run").rglob("*"):
         if path.suffix in {".json", ".jsonl", ".toml", ".md"}:
-            assert not re.search(rf"(?<![\d.]){RECORDS}(?!\d)", path.read_text()), path
+            assert not re.search(rf"(?<![\w.]){RECORDS}(?!\w)", path.read_text()), path
 
 
 @pytest.mark.parametrize("declared", [150, 400])
