@@ -238,7 +238,7 @@ class RunConfig:
                 )
             merged[section] = dict(table)
         for override in overrides:
-            section, key, value = _parse_override(override)
+            section, key, value = parse_override(override)
             merged.setdefault(section, {})[key] = value
         built: dict[str, Any] = {section: build_section(SECTIONS[section], table) for section, table in merged.items()}
         return cls(**built)
@@ -293,7 +293,12 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """Section, key and value of "section.key=value", as given with --set.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and key):
