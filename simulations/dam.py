@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from fedlora.adapters.dam import Selection, discretise, overlap
+from fedlora.experiments.report.statistics import CONFIDENCE, interval, spread, verdict
 from simulations.page import write_between
-from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
 HERE = Path(__file__).parent

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fedlora.experiments.report.statistics import CONFIDENCE, interval, spread, verdict
 from simulations.page import write_between
-from simulations.pairs import CONFIDENCE, interval, spread, verdict
 from simulations.privacy_utility import run_recipe
 
 HERE = Path(__file__).parent

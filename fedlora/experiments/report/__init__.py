@@ -1,0 +1,1 @@
+"""From a store of runs to what people read: tables, figures and one page."""
