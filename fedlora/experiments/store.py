@@ -14,25 +14,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from fedlora.errors import StoreError
+from fedlora.errors import ConfigError, StoreError
 
 FILE_NAME = "runs.sqlite"
 SCHEMA_VERSION = 1
-_APPLICATION = 0x6665646C  # "fedl": another program's database is not taken for a store
+WAIT_SECONDS = 30.0
+"""For another process to end its change of the store."""
 
+_APPLICATION = 0x6665646C  # "fedl": another program's database is not taken for a store
 _TABLE = """
 CREATE TABLE runs (
     folder TEXT PRIMARY KEY,   -- of the run, relative to the store's own
     digest TEXT NOT NULL,      -- of the config that was asked for
     role TEXT NOT NULL,        -- cell | trial | run
     axes TEXT NOT NULL,        -- JSON: the sweep's axes, and this run's label on each
-    status TEXT NOT NULL,      -- done | failed
-    error TEXT NOT NULL,       -- one line; empty where done
-    task TEXT, method TEXT, epsilon REAL, seed INTEGER, metric TEXT, value REAL, wall_seconds REAL, started TEXT,
+    status TEXT NOT NULL,      -- done | failed | unfinished
+    error TEXT NOT NULL,       -- one line; empty where it has not failed
+    task TEXT, method TEXT, epsilon REAL, seed INTEGER,            -- as asked
+    metric TEXT, value REAL, epsilon_spent REAL, rounds_done INTEGER, wall_seconds REAL, started TEXT,
+    stamp TEXT NOT NULL,       -- of record.json when it was read
+    config TEXT,               -- JSON, where there is no record
     record TEXT,               -- record.json, whole
     rounds TEXT                -- JSON list of the lines of rounds.jsonl
 ) STRICT
 """
+COLUMNS = (
+    *("folder", "digest", "role", "axes", "status", "error", "task", "method", "epsilon", "seed"),
+    *("metric", "value", "epsilon_spent", "rounds_done", "wall_seconds", "started"),
+)
+"""What `Store.select` gives of each run."""
+_LABELS = ("folder", "digest", "role", "axes")  # what a run is called; the rest is what it did
+_READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+_ADVICE = {
+    sqlite3.SQLITE_FULL: "free some space and run it again",
+    sqlite3.SQLITE_BUSY: "another process is at work on it; run it again when that is done",
+    sqlite3.SQLITE_READONLY: "see that you may write there",
+    sqlite3.SQLITE_CANTOPEN: "see that the folder is there and you may write to it",
+    sqlite3.SQLITE_NOTADB: "it is another program's file, or damaged; move it away, and run folders make it anew",
+    sqlite3.SQLITE_CORRUPT: "it is damaged; move it away, and run folders make it anew",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +64,11 @@ class StoredRun:
         digest: of the config that was asked for, `RunConfig.digest`.
         role: a cell of a sweep, a trial for its settings, or a run by itself.
         axes: label by axis of the sweep, in its order.
-        error: why it failed, in one line; empty where it is done.
-        record: record.json; None where it failed.
+        error: why it failed, in one line; empty where it did not.
+        record: record.json; None where the run has not ended well.
         rounds: lines of rounds.jsonl.
+        config: as asked, `RunConfig.to_mapping`, so that a run without a record can be told from others.
+        stamp: changes with record.json; empty where the run did not come from a folder.
     """
 
     folder: str
@@ -56,17 +78,44 @@ class StoredRun:
     error: str = ""
     record: Mapping[str, Any] | None = None
     rounds: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] | None = None
+    stamp: str = ""
 
     @property
-    def status(self) -> Literal["done", "failed"]:
-        return "failed" if self.error else "done"
+    def status(self) -> Literal["done", "failed", "unfinished"]:
+        return "failed" if self.error else "unfinished" if self.record is None else "done"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Of the run, by section and key; the record's where there is one."""
+        found: Mapping[str, Any] = self.config or {} if self.record is None else self.record["config"]
+        return found
+
+    @property
+    def name(self) -> str:
+        """The last part of its folder, or all of it for a run by itself."""
+        return self.folder.rpartition("/")[2] if self.role != "run" else self.folder
+
+    @property
+    def epsilon_spent(self) -> float | None:
+        """The largest ε that any site spent; so far, where the run has not ended."""
+        if self.record is not None:
+            return max((float(facts["epsilon"]) for facts in self.record["clients"]), default=None)
+        return float(self.rounds[-1]["epsilon_max"]) if self.rounds else None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it ran; so far, where it has not ended."""
+        if self.record is not None:
+            return self.record.get("wall_seconds")
+        return sum(line["seconds"] for line in self.rounds) if self.rounds else None
 
 
 class Store:
     """An open store. Every change is on disk when the call returns."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        """Use `open` or `create`."""
+        """Use `open`, `create` or `copy`."""
         self.path, self._connection = path, connection
 
     @classmethod
@@ -76,16 +125,7 @@ class Store:
         Raises:
             StoreError: it cannot be made, or what is there is not a store of this version.
         """
-        path = folder / FILE_NAME
-        if path.exists():
-            return cls.open(path)
-        store = cls(path, _connect(path, "rwc"))
-        with _said(path), store._connection as connection:
-            connection.execute("PRAGMA journal_mode = DELETE")  # one file, whole after every change
-            connection.execute(_TABLE)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        return store
+        return cls._checked(folder / FILE_NAME, "rwc")
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
@@ -97,13 +137,50 @@ class Store:
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise StoreError(f"{path} is not there; give a folder of runs or a sweep's, or run `fedlora sweep` first")
-        store = cls(path, _connect(path, "ro" if read_only else "rw"))
+        return cls._checked(path, "ro" if read_only else "rw")
+
+    @classmethod
+    def copy(cls, path: Path) -> Self:
+        """A copy in memory of the store at `path`, or a new one where none is; what is done to it stays there.
+
+        Raises:
+            StoreError: what is there is not a store of this version.
+        """
+        store = cls(path, sqlite3.connect(":memory:", isolation_level=None))
         try:
+            if path.is_file() and path.stat().st_size:
+                with cls.open(path, read_only=True) as kept, _said(path):
+                    kept._connection.backup(store._connection)
+            else:
+                store._make()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def _checked(cls, path: Path, mode: str) -> Self:
+        with _said(path):
+            address = f"{path.absolute().as_uri()}?mode={mode}"
+            store = cls(path, sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None))
+        try:
+            if mode == "rwc":
+                store._make()
             store._check_version()
         except BaseException:
             store.close()
             raise
         return store
+
+    def _make(self) -> None:
+        """The table, in a file that has nothing yet; a kill leaves all of it or an empty file."""
+        with _said(self.path):
+            if self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() != (0,):
+                return
+        with self._change():
+            self._connection.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))  # where two began at once
+            self._connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _check_version(self) -> None:
         with _said(self.path):
@@ -117,40 +194,29 @@ class Store:
                 "use the fedlora that wrote it, or a newer one"
             )
 
-    def put(self, run: StoredRun) -> None:
-        """Keep `run`, in place of what was kept of its folder before.
+    def put(self, *runs: StoredRun, keep_labels: bool = False) -> None:
+        """Keep `runs`, all or none, in place of what was kept of their folders before.
+
+        Args:
+            keep_labels: a run that is there keeps its digest, role and axes: only the sweep knows them for certain.
 
         Raises:
             StoreError: the disk is full or read-only; what was kept before stays.
         """
-        record = run.record or {}
-        config, metric = record.get("config", {}), record.get("metric", {})
-        row = {
-            "folder": run.folder,
-            "digest": run.digest,
-            "role": run.role,
-            "axes": _json(dict(run.axes)),
-            "status": run.status,
-            "error": run.error,
-            "task": config.get("data", {}).get("task"),
-            "method": config.get("adapter", {}).get("method"),
-            "epsilon": float(config["privacy"]["epsilon"]) if config else None,
-            "seed": config.get("run", {}).get("seed"),
-            "metric": metric.get("name"),
-            "value": metric.get("value"),
-            "wall_seconds": record.get("wall_seconds"),
-            "started": record.get("started"),
-            "record": None if run.record is None else _json(run.record),
-            "rounds": _json(list(run.rounds)),
-        }
-        columns, places = ", ".join(row), ", ".join(f":{name}" for name in row)
-        with _said(self.path), self._connection as connection:
-            connection.execute(f"INSERT OR REPLACE INTO runs ({columns}) VALUES ({places})", row)
+        with self._change():
+            for run in runs:
+                row = _row(run)
+                changed = [name for name in row if not (keep_labels and name in _LABELS)]
+                self._connection.execute(
+                    f"INSERT INTO runs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)}) "
+                    f"ON CONFLICT (folder) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in changed)}",
+                    row,
+                )
 
     def remove(self, folder: str) -> None:
         """Forget the run of `folder`; its files are the caller's."""
-        with _said(self.path), self._connection as connection:
-            connection.execute("DELETE FROM runs WHERE folder = ?", (folder,))
+        with self._change():
+            self._connection.execute("DELETE FROM runs WHERE folder = ?", (folder,))
 
     def runs(self) -> list[StoredRun]:
         """All of them, by folder.
@@ -158,9 +224,46 @@ class Store:
         Raises:
             StoreError: the file is damaged.
         """
-        query = "SELECT folder, digest, role, axes, error, record, rounds FROM runs ORDER BY folder"
+        query = "SELECT folder, digest, role, axes, error, record, rounds, config, stamp FROM runs ORDER BY folder"
         with _said(self.path):
-            return [_row(*row) for row in self._connection.execute(query)]
+            return [_run(*row) for row in self._connection.execute(query)]
+
+    def stamps(self) -> dict[str, str]:
+        """By folder, to find runs that changed without reading them all."""
+        with _said(self.path):
+            return dict(self._connection.execute("SELECT folder, stamp FROM runs"))
+
+    def select(self, where: str = "TRUE", *, order: str = "folder", descending: bool = False) -> list[dict[str, Any]]:
+        """`COLUMNS` of the runs for which the SQL expression `where` holds; it can read and do nothing else.
+
+        Args:
+            order: a column; runs without a value come last.
+
+        Raises:
+            ConfigError: `where` is no expression on the columns of the store.
+            StoreError: the file is damaged.
+        """
+        sql = (
+            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE ({where}\n) "  # a comment ends with its line
+            f"ORDER BY {order} IS NULL, {order} {'DESC' if descending else 'ASC'}, folder"
+        )
+        self._connection.set_authorizer(
+            lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
+        )
+        try:
+            with _said(self.path):
+                rows = self._connection.execute(sql).fetchall()
+        except StoreError as error:
+            cause = error.__cause__
+            if getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _ADVICE:
+                raise
+            raise ConfigError(
+                f"the condition {where!r} cannot be used: {cause}; it is an SQL expression on {', '.join(COLUMNS)}, "
+                "or on JSON as in record ->> '$.config.federation.clients' = 3"
+            ) from cause
+        finally:
+            self._connection.set_authorizer(None)
+        return [{**dict(zip(COLUMNS, row, strict=True)), "axes": json.loads(row[3])} for row in rows]
 
     def close(self) -> None:
         self._connection.close()
@@ -171,8 +274,59 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """All of a change or nothing."""
+        with _said(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:  # a full disk has rolled back already
+                    self._connection.execute("ROLLBACK")
+                raise
 
-def _row(folder: str, digest: str, role: Any, axes: str, error: str, record: str | None, rounds: str) -> StoredRun:
+
+def _row(run: StoredRun) -> dict[str, Any]:
+    config, record = run.settings, run.record or {}
+    metric = record.get("metric", {})
+    epsilon = config.get("privacy", {}).get("epsilon")
+    return {
+        "folder": run.folder,
+        "digest": run.digest,
+        "role": run.role,
+        "axes": _json(dict(run.axes)),
+        "status": run.status,
+        "error": run.error,
+        "task": config.get("data", {}).get("task"),
+        "method": config.get("adapter", {}).get("method"),
+        "epsilon": None if epsilon is None else float(epsilon),
+        "seed": config.get("run", {}).get("seed"),
+        "metric": metric.get("name"),
+        "value": metric.get("value"),
+        "epsilon_spent": run.epsilon_spent,
+        "rounds_done": len(run.rounds),
+        "wall_seconds": run.seconds,
+        "started": record.get("started"),
+        "stamp": run.stamp,
+        "config": None if run.record is not None or run.config is None else _json(run.config),
+        "record": None if run.record is None else _json(run.record),
+        "rounds": _json(list(run.rounds)),
+    }
+
+
+def _run(
+    folder: str,
+    digest: str,
+    role: Any,
+    axes: str,
+    error: str,
+    record: str | None,
+    rounds: str,
+    config: str | None,
+    stamp: str,
+) -> StoredRun:
     return StoredRun(
         folder=folder,
         digest=digest,
@@ -181,14 +335,9 @@ def _row(folder: str, digest: str, role: Any, axes: str, error: str, record: str
         error=error,
         record=None if record is None else json.loads(record),
         rounds=json.loads(rounds),
+        config=None if config is None else json.loads(config),
+        stamp=stamp,
     )
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    with _said(path):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
-        connection.execute("PRAGMA synchronous = FULL")
-        return connection
 
 
 @contextlib.contextmanager
@@ -196,9 +345,11 @@ def _said(path: Path) -> Iterator[None]:
     """Whatever is wrong with the file, in one line."""
     try:
         yield
-    except (sqlite3.Error, ValueError) as error:  # ValueError: JSON that was altered by hand
-        raise StoreError(f"cannot use the store of runs {path}: {error}; what it held before is still there") from error
+    except (sqlite3.Error, ValueError) as error:  # ValueError: JSON that was altered by hand, a name that is no text
+        code = getattr(error, "sqlite_errorcode", None) or 0
+        advice = _ADVICE.get(code & 0xFF, "what it held before is still there")
+        raise StoreError(f"cannot use the store of runs {path}: {error}; {advice}") from error
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"))
