@@ -43,7 +43,7 @@ class RunFolder:
         try:
             text = config.to_toml().encode()
             folder.path.mkdir(parents=True, exist_ok=bool(config.run.out))
-            _replace(folder.config_file, text)
+            replace_file(folder.config_file, text)
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise _cannot_make(folder.path, error) from error
         return folder
@@ -183,7 +183,7 @@ class RunFolder:
 
     def mark_asked(self, index: int) -> None:
         """Round `index` is about to be asked for; durable before anyone is."""
-        _replace(self.asked_file, f"{index}\n".encode())
+        replace_file(self.asked_file, f"{index}\n".encode())
 
     def last_asked(self) -> int:
         """The round that was asked for last, -1 where none was."""
@@ -222,13 +222,13 @@ class RunFolder:
                 f"cannot resume {self.path}: {self.rounds_file.name} has {len(rounds)} readable rounds, the checkpoint "
                 f"{count}; a file is lost or damaged: start the run anew"
             )
-        _replace(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds).encode())
+        replace_file(self.rounds_file, "".join(json.dumps(line) + "\n" for line in rounds).encode())
 
     def write_selection(self, selection: Mapping[str, Any]) -> None:
-        _replace(self.selection_file, (json.dumps(selection, indent=2) + "\n").encode())
+        replace_file(self.selection_file, (json.dumps(selection, indent=2) + "\n").encode())
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        _replace(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
+        replace_file(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
 
 
 def _unused(config: RunConfig) -> Path:
@@ -238,8 +238,8 @@ def _unused(config: RunConfig) -> Path:
     return next(path for path in map(Path, names) if not path.exists())
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """A kill leaves the old file or the new one, whole."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file. A kill leaves the old one or the new one, whole."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(content)

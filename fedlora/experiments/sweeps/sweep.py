@@ -208,8 +208,6 @@ class Sweep:
                 if name in decided:
                     raise ConfigError(f"axes {decided[name]} and {axis.name} of the sweep both decide {name}; use one")
                 decided[name] = axis.name
-        if next(self.points(), None) is None:
-            raise ConfigError("the sweep has no cell: [[exclude]] takes them all; exclude less")
         names = [axis.name for axis in self.axes]
         if self.report.compare:
             require_known(self.report.compare, names, "axis", f"report.compare = {shown(self.report.compare)}")
@@ -222,6 +220,8 @@ class Sweep:
             for name in condition:
                 known = [*names, *(f"{section}.{key}" for section, key in _keys())]
                 require_known(name, known, "axis or key", f"{name} in [[exclude]]")
+        if next(self.points(), None) is None:
+            raise ConfigError("the sweep has no cell: [[exclude]] takes them all; exclude less")
 
 
 def label_of(value: Any) -> str:
@@ -312,11 +312,17 @@ def _exclusions(conditions: Any) -> Iterator[dict[str, Any]]:
 
 
 def _holds(condition: Mapping[str, Any], labels: Mapping[str, str], settings: Settings) -> bool:
+    """Whether a cell is what `condition` describes: by label of an axis, or by value of a key, its default included."""
     for name, wanted in condition.items():
-        found = labels[name] if name in labels and name not in settings else settings.get(name)
+        found = settings.get(name, _default(name)) if "." in name else labels[name]
         if found not in (wanted if isinstance(wanted, list) else [wanted]):
             return False
     return True
+
+
+def _default(name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(SECTIONS[section](), key)
 
 
 def _plain(axis: Axis) -> bool:

@@ -1,0 +1,106 @@
+"""The folder of a sweep.
+
+sweep.toml    as resolved        runs.sqlite    every cell that has ended      report/    tables, figures, one page
+cells/        a run folder each, named by the digest of its config            trials/    the same, of tuning
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import tomli_w
+
+from fedlora.errors import ConfigError, RunFolderError
+from fedlora.experiments.run_folder import replace_file
+from fedlora.experiments.sweeps.sweep import Cell, Sweep
+from fedlora.schema import shown
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """One sweep's files."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, sweep: Sweep) -> Self:
+        """The folder for `sweep`, new, or that of the same sweep before, or of a smaller one.
+
+        Raises:
+            RunFolderError: the folder holds something else, or a sweep whose cells are others; nothing is changed.
+        """
+        folder = cls(path)
+        try:
+            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            if taken:
+                folder._check_same(sweep)
+            path.mkdir(parents=True, exist_ok=True)
+            replace_file(folder.sweep_file, tomli_w.dumps(sweep.to_mapping()).encode())
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RunFolderError(f"cannot make sweep folder {path}: {reason}; choose another with --out") from error
+        return folder
+
+    def read_sweep(self) -> Sweep:
+        """The sweep as resolved.
+
+        Raises:
+            RunFolderError: it cannot be read as one.
+        """
+        try:
+            return Sweep.from_toml(self.sweep_file)
+        except ConfigError as error:
+            raise RunFolderError(f"cannot read the sweep in {self.path}: {error}") from error
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from running this sweep meanwhile; a claim ends with its process, however that ends.
+
+        Raises:
+            RunFolderError: another process has it.
+        """
+        with (self.path / ".claim").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"another process runs the sweep in {self.path}; wait for it, or stop it first"
+                ) from error
+            yield
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.toml"
+
+    def run_folder(self, cell: Cell) -> Path:
+        return self.path / cell.folder
+
+    def _check_same(self, sweep: Sweep) -> None:
+        """Refuse to mix cells that only look alike: those of one label have one meaning in a folder."""
+        if not self.sweep_file.is_file():
+            raise RunFolderError(f"{self.path} is not empty and no sweep's folder; choose another with --out")
+        earlier = self.read_sweep()
+        if (difference := _difference(earlier, sweep)) is not None:
+            raise RunFolderError(
+                f"{self.path} holds a sweep with {difference}; choose another with --out "
+                "(labels and values can be added to the axes of a sweep, and nothing else be changed)"
+            )
+
+
+def _difference(earlier: Sweep, sweep: Sweep) -> str | None:
+    """What was decided otherwise, in words; None where every label still means what it meant."""
+    for name in sorted({*earlier.base, *sweep.base}):
+        if (old := earlier.base.get(name)) != (new := sweep.base.get(name)):
+            return f"{name} = {shown(old)}, not {shown(new)}"
+    if [axis.name for axis in earlier.axes] != [axis.name for axis in sweep.axes]:
+        return f"axes {', '.join(axis.name for axis in earlier.axes)}"
+    for old_axis, new_axis in zip(earlier.axes, sweep.axes, strict=True):
+        for label, settings in old_axis.values.items():
+            if new_axis.values.get(label, settings) != settings:
+                return f"other settings for {old_axis.name} {label}"
+    return "another [tune]" if earlier.tune != sweep.tune else None

@@ -1,0 +1,127 @@
+"""Running a sweep: every cell once, in whatever order workers end them, and from where it stopped if it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fedlora.errors import StoreError
+from fedlora.experiments.gathering import stored_run
+from fedlora.experiments.run_folder import RunFolder
+from fedlora.experiments.store import Store, StoredRun
+from fedlora.experiments.sweeps.folder import SweepFolder
+from fedlora.experiments.sweeps.sweep import Cell, Sweep
+from fedlora.experiments.sweeps.tuning import Tuning
+from fedlora.experiments.sweeps.worker import Job
+from fedlora.experiments.sweeps.workers import Workers
+
+
+class Watcher(Protocol):
+    """Whoever watches a sweep."""
+
+    def start(self, *, total: int, done: int) -> None:
+        """`done` of `total` cells had ended before."""
+        ...
+
+    def ended(self, cell: Cell, run: StoredRun) -> None: ...
+
+    def look(self, started: float) -> None:
+        """Called about once a second: how much of cells that have not ended is done, in cells."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """A sweep while it runs."""
+
+    sweep: Sweep
+    folder: SweepFolder
+    store: Store
+    tuning: Tuning | None
+    results: dict[str, StoredRun]
+    """What is known of cells, by their digest."""
+    tried: set[str] = field(default_factory=set)
+    """Digests of the cells that this process has run: one that fails is not tried again at once."""
+
+    @classmethod
+    def open(cls, sweep: Sweep, folder: SweepFolder, store: Store) -> SweepRun:
+        """With what an earlier process has left."""
+        results = {run.digest: run for run in store.runs()}
+        return cls(sweep=sweep, folder=folder, store=store, tuning=Tuning.of(sweep), results=results)
+
+    def known_cells(self) -> list[Cell]:
+        """Those whose settings are known by now: trials, and the cells whose trials have ended."""
+        if self.tuning is None:
+            return self.sweep.cells()
+        return [*self.tuning.ready(self.results), *self.sweep.cells(self.tuning.chosen(self.results))]
+
+    def to_do(self) -> list[Cell]:
+        """Those of them that are not done, failures of earlier processes among them."""
+        return [cell for cell in self.known_cells() if not self.is_done(cell) and cell.digest not in self.tried]
+
+    def is_done(self, cell: Cell) -> bool:
+        run = self.results.get(cell.digest)
+        return run is not None and run.status == "done"
+
+    def go(self, workers: Workers, watcher: Watcher) -> None:
+        """Run what is not done; a cell that fails is stored as failed and stops no other.
+
+        Raises:
+            StoreError: what has ended cannot be kept; the next process finds it in the folders.
+        """
+        total = sum(1 for _ in self.sweep.points()) + (self.tuning.total() if self.tuning else 0)
+        watcher.start(total=total, done=sum(map(self.is_done, self.known_cells())))
+        while cells := self.to_do():
+            self.tried.update(cell.digest for cell in cells)
+            self._run(cells, workers, watcher)
+
+    def count(self, status: Literal["done", "failed"]) -> int:
+        """How many of the known cells ended so."""
+        ended = (self.results.get(cell.digest) for cell in self.known_cells())
+        return sum(run is not None and run.status == status for run in ended)
+
+    def _run(self, cells: list[Cell], workers: Workers, watcher: Watcher) -> None:
+        jobs = {self.folder.run_folder(cell).absolute(): cell for cell in cells}
+        waiting = dict(jobs)
+        for answer in workers.run([Job(config=cell.config, folder=path) for path, cell in jobs.items()]):
+            if answer is None:
+                watcher.look(sum(_progress(RunFolder(path), cell) for path, cell in waiting.items()))
+                continue
+            job, error = answer
+            cell = waiting.pop(job.folder)
+            run = self._keep(cell, error)
+            watcher.ended(cell, run)
+
+    def _keep(self, cell: Cell, error: str) -> StoredRun:
+        run = self._failed(cell, error) if error else self._ended(cell)
+        self.store.put(run)
+        self.results[cell.digest] = run
+        return run
+
+    def _ended(self, cell: Cell) -> StoredRun:
+        folder = RunFolder(self.folder.run_folder(cell))
+        try:
+            run = self._stored(cell)
+            if self.tuning is not None and cell.role == "cell" and run.record is not None:
+                folder.write_record({**run.record, "tuning": self.tuning.facts(cell, self.results)})
+                run = self._stored(cell)
+        except StoreError as damaged:
+            return self._failed(cell, f"{damaged}; delete {folder.path} to run it again")
+        return run
+
+    def _stored(self, cell: Cell) -> StoredRun:
+        return stored_run(
+            self.folder.run_folder(cell),
+            relative_to=self.folder.path,
+            role=cell.role,
+            axes=cell.axes,
+            digest=cell.digest,
+        )
+
+    def _failed(self, cell: Cell, error: str) -> StoredRun:
+        return StoredRun(folder=cell.folder, digest=cell.digest, role=cell.role, axes=cell.axes, error=error)
+
+
+def _progress(folder: RunFolder, cell: Cell) -> float:
+    """Share of a cell's rounds that are done, the prototype release counted as one more."""
+    return min(1.0, len(folder.read_rounds()) / (cell.config.federation.rounds + 1)) if folder.path.exists() else 0.0
