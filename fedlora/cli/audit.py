@@ -80,7 +80,7 @@ def _print_table(findings: Sequence[Finding], noise: NoiseFinding | None) -> Non
     from rich.table import Table
 
     from fedlora.experiments.audit import INDEPENDENT
-    from fedlora.experiments.progress import shown_epsilon
+    from fedlora.experiments.terminal import shown_epsilon
     from fedlora.privacy.audit.finding import ERROR
 
     table = Table(

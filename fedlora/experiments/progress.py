@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +16,9 @@ from rich.progress import Progress as Bar
 from fedlora.adapters.dam import Selection
 from fedlora.config import RunConfig
 from fedlora.experiments.record import guarantee_of
+from fedlora.experiments.terminal import print_rows, shown_bytes, shown_epsilon
 from fedlora.federation.server import RoundReport
-from fedlora.privacy.units import Guarantee, rounded_up
+from fedlora.privacy.units import Guarantee
 
 _ROW = "{round:>5}  {phase:<10}  {metric:>9}  {epsilon:>8}  {up:>9}  {down:>9}  {seconds:>7}  {clients}"
 
@@ -99,28 +97,7 @@ def print_result(folder: Path) -> None:
     }
     if guarantee.flaws:
         del rows["not covered"]
-    _print_rows(rows)
-
-
-def _print_rows(rows: Mapping[str, str]) -> None:
-    """Names and texts in two columns. A terminal folds long texts between words; a file gets a line for each."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    column = max(map(len, rows)) + 2
-    for name, text in rows.items():
-        console.print(
-            textwrap.fill(
-                text,
-                width=console.width if console.is_terminal else sys.maxsize,
-                initial_indent=f"{name:<{column}}",
-                subsequent_indent=" " * column,
-                break_long_words=False,  # a path that is cut cannot be copied
-                break_on_hyphens=False,
-            )
-        )
-
-
-def shown_epsilon(epsilon: float) -> str:
-    return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon):g}"
+    print_rows(rows)
 
 
 def shown_evaluation(found: Mapping[str, Any]) -> str:
@@ -139,11 +116,3 @@ def shown_choice(selection: Mapping[str, Any]) -> str:
     """What a record says of the choice of modules."""
     note = f"; {selection['note']}" if selection["note"] else ""
     return f"{Selection.from_json(selection)}{note}"
-
-
-def shown_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -13,7 +13,8 @@ import pytest
 
 from fedlora.adapters.dam import Candidate, ModuleMask, Selection
 from fedlora.config import RunConfig
-from fedlora.experiments.progress import TerminalProgress, print_result, shown_bytes, shown_epsilon, shown_evaluation
+from fedlora.experiments.progress import TerminalProgress, print_result, shown_evaluation
+from fedlora.experiments.terminal import shown_bytes, shown_epsilon
 from fedlora.federation.server import RoundReport
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")

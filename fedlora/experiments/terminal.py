@@ -1,0 +1,41 @@
+"""Facts of a run as a person reads them in a terminal. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from fedlora.privacy.units import rounded_up
+
+
+def print_rows(rows: Mapping[str, str]) -> None:
+    """Names and texts in two columns. A terminal folds long texts between words; a file gets a line for each."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    column = max(map(len, rows)) + 2
+    for name, text in rows.items():
+        console.print(
+            textwrap.fill(
+                text,
+                width=console.width if console.is_terminal else sys.maxsize,
+                initial_indent=f"{name:<{column}}",
+                subsequent_indent=" " * column,
+                break_long_words=False,  # a path that is cut cannot be copied
+                break_on_hyphens=False,
+            )
+        )
+
+
+def shown_epsilon(epsilon: float) -> str:
+    return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon):g}"
+
+
+def shown_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
