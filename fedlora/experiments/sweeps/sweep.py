@@ -103,7 +103,7 @@ class Sweep:
         tables = parse_settings(read_settings(path, "sweep"), f"sweep {path}")
         for name in tables:
             require_known(name, _TABLES, "table", f"[{name}] in sweep {path}")
-        base = _recipe(path, tables.get("recipe", "")) | _flat(_table(tables, "set"), "set")
+        base = _recipe(path, tables.get("recipe", "")) | flattened(_table(tables, "set"), "set")
         axes = (*_linked_axes(_table(tables, "axes")), *_grid_axes(_table(tables, "grid")))
         sweep = cls(
             base=base,
@@ -119,15 +119,18 @@ class Sweep:
         """The cells of the grid, in order.
 
         Args:
-            chosen: settings that tuning has found, by the labels of `points`; none where nothing is tuned.
+            chosen: settings that tuning has found, by the labels of `points`; others are left out. None: all cells, as
+                they are without tuning.
 
         Raises:
             ConfigError: settings of a cell do not go together, or two cells are the same run.
         """
         found: dict[str, Cell] = {}
         for labels, settings in self.points():
-            extra = (chosen or {}).get(tuple(labels.values()), {})
-            cell = self.cell(labels, {**settings, **extra})
+            point = tuple(labels.values())
+            if chosen is not None and point not in chosen:
+                continue
+            cell = self.cell(labels, {**settings, **(chosen[point] if chosen else {})})
             if (twin := found.get(cell.digest)) is not None:
                 raise ConfigError(
                     f"two cells of the sweep are the same run: {twin.name} and {cell.name}; "
@@ -237,7 +240,7 @@ def _recipe(path: Path, recipe: Any) -> dict[str, Any]:
     if not recipe:
         return {}
     place = path.parent / recipe
-    return _flat(parse_settings(read_settings(place, "recipe"), f"recipe {place}"), f"recipe {place}")
+    return flattened(parse_settings(read_settings(place, "recipe"), f"recipe {place}"), f"recipe {place}")
 
 
 def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(table)
 
 
-def _flat(tables: Mapping[str, Any], place: str) -> dict[str, Any]:
+def flattened(tables: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Values by "section.key"; each section and key is one of a run's."""
     flat = {}
     for section, table in tables.items():
@@ -289,12 +292,12 @@ def _linked_axes(tables: Mapping[str, Any]) -> Iterator[Axis]:
                 )
         yield Axis(
             name=name,
-            values={label: _flat(settings, f"axes.{name}.{label}") for label, settings in labels.items()},
+            values={label: flattened(settings, f"axes.{name}.{label}") for label, settings in labels.items()},
         )
 
 
 def _grid_axes(table: Mapping[str, Any]) -> Iterator[Axis]:
-    for name, values in _flat(table, "grid").items():
+    for name, values in flattened(table, "grid").items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"grid.{name} = {shown(values)}, wanted a list of values with at least one")
         labels = [label_of(value) for value in values]
@@ -308,7 +311,7 @@ def _exclusions(conditions: Any) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"exclude is {shown(conditions)}, wanted tables; write [[exclude]] above each")
     for condition in conditions:
         nested = {name: value for name, value in condition.items() if name in SECTIONS and isinstance(value, Mapping)}
-        yield {name: value for name, value in condition.items() if name not in nested} | _flat(nested, "exclude")
+        yield {name: value for name, value in condition.items() if name not in nested} | flattened(nested, "exclude")
 
 
 def _holds(condition: Mapping[str, Any], labels: Mapping[str, str], settings: Settings) -> bool:
