@@ -57,7 +57,7 @@ def privacy_facts(
         resumption: `resumption_of`.
     """
     worst = max(clients, key=lambda facts: float(facts["epsilon"]))
-    answered = _answered(workbench.schedule, rounds)
+    answered = who_answered(workbench.schedule, rounds)
     return {
         "guarantee": asdict(Guarantee.from_config(config, epsilon=worst["epsilon"])),
         "worst_client": worst["client"],
@@ -202,7 +202,7 @@ def _priced(charges: tuple[Charge, ...], delta: float, accountant: str) -> float
     return epsilon(charges, delta, accountant)
 
 
-def _answered(schedule: Sequence[ScheduledRound], rounds: Sequence[Mapping[str, Any]]) -> dict[int, set[int]]:
+def who_answered(schedule: Sequence[ScheduledRound], rounds: Sequence[Mapping[str, Any]]) -> dict[int, set[int]]:
     """Clients whose update arrived, by round; failures have a client's number as a key, which JSON makes a text."""
     return {
         line["round"]: {client for client in schedule[line["round"]].clients if str(client) not in line["failures"]}

@@ -33,6 +33,7 @@ def make_record(
     privacy: dict[str, Any],
     private_evaluation: dict[str, Any] | None,
     selection: dict[str, Any] | None,
+    slots: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record of a finished run.
 
@@ -42,6 +43,7 @@ def make_record(
         privacy: `privacy_facts`.
         selection: `Selection.to_json`; None where no modules were to be chosen.
         private_evaluation: `PrivateEvaluation` as in rounds.jsonl; None where it was not asked for.
+        slots: `slot_facts`.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -60,6 +62,7 @@ def make_record(
         "metrics": metrics,
         "private_evaluation": private_evaluation,
         "selection": selection,
+        **slots,
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,
         "execution": execution,

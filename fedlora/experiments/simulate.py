@@ -24,6 +24,7 @@ from fedlora.experiments.privacy_report import privacy_report
 from fedlora.experiments.record import guarantee_of, make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.experiments.selection_plot import plot_selection
+from fedlora.experiments.slot_noise import slot_facts
 from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
@@ -357,6 +358,7 @@ def _finish(
         metrics=metrics,
         private_evaluation=_private_evaluation(config, workbench, rounds),
         selection=None if selection is None else selection.to_json(),
+        slots=slot_facts(config, workbench, theta=state.theta, clients=clients, rounds=rounds),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         clients=clients,

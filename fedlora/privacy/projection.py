@@ -30,14 +30,21 @@ class LowPass:
     def __call__(self, values: Tensor) -> Tensor:
         """`values` [..., size of a slot], each row projected; norms never grow."""
         size = values.shape[-1]
-        bins = size // 2 + 1
-        kept = math.ceil(self.share * bins)
-        if kept == bins:
+        kept = self._kept_bins(size)
+        if kept == size // 2 + 1:
             return values
         spectrum = torch.fft.rfft(values, norm="ortho")
         spectrum[..., kept:] = 0
         low: Tensor = torch.fft.irfft(spectrum, n=size, norm="ortho")
         return low
+
+    def dimension(self, size: int) -> int:
+        """Of the subspace that a slot of `size` numbers is projected onto; each bin but the zeroth and last is two."""
+        kept = self._kept_bins(size)
+        return size if kept == size // 2 + 1 else 2 * kept - 1
+
+    def _kept_bins(self, size: int) -> int:
+        return math.ceil(self.share * (size // 2 + 1))
 
     def of_slots(self, flat: Tensor, slot_sizes: Sequence[int]) -> Tensor:
         """`flat` [P] with each of its slots projected."""
