@@ -16,6 +16,7 @@ from fedlora.cli.adapters import evaluate, predict
 from fedlora.cli.audit import audit
 from fedlora.cli.budget import budget
 from fedlora.cli.calibrate import calibrate
+from fedlora.cli.runs import runs
 from fedlora.cli.simulate import simulate
 from fedlora.errors import FedloraError, RunInterrupted
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (simulate, calibrate, budget, audit, evaluate, predict):
     app.command()(command)
+app.add_typer(runs)
 
 
 def main() -> NoReturn:

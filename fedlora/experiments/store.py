@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ CREATE TABLE runs (
     status TEXT NOT NULL,      -- done | failed | unfinished
     error TEXT NOT NULL,       -- one line; empty where it has not failed
     task TEXT, method TEXT, epsilon REAL, seed INTEGER,            -- as asked
-    metric TEXT, value REAL, epsilon_spent REAL, rounds_done INTEGER, wall_seconds REAL, started TEXT,
+    epsilon_spent REAL, private INTEGER,                           -- 0: it promises nothing
+    metric TEXT, value REAL, rounds_done INTEGER, wall_seconds REAL, started TEXT,
     stamp TEXT NOT NULL,       -- of record.json when it was read
     config TEXT,               -- JSON, where there is no record
     record TEXT,               -- record.json, whole
@@ -40,9 +42,10 @@ CREATE TABLE runs (
 """
 COLUMNS = (
     *("folder", "digest", "role", "axes", "status", "error", "task", "method", "epsilon", "seed"),
-    *("metric", "value", "epsilon_spent", "rounds_done", "wall_seconds", "started"),
+    *("epsilon_spent", "private", "metric", "value", "rounds_done", "wall_seconds", "started"),
 )
 """What `Store.select` gives of each run."""
+_WHOLE = "SELECT folder, digest, role, axes, error, record, rounds, config, stamp FROM runs"
 _LABELS = ("folder", "digest", "role", "axes")  # what a run is called; the rest is what it did
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _ADVICE = {
@@ -98,17 +101,26 @@ class StoredRun:
 
     @property
     def epsilon_spent(self) -> float | None:
-        """The largest ε that any site spent; so far, where the run has not ended."""
-        if self.record is not None:
-            return max((float(facts["epsilon"]) for facts in self.record["clients"]), default=None)
-        return float(self.rounds[-1]["epsilon_max"]) if self.rounds else None
+        """The largest ε of any site, rounds that were charged twice among it; so far, where the run has not ended."""
+        if self.record is None:
+            return max((float(line["epsilon_max"]) for line in self.rounds if "epsilon_max" in line), default=None)
+        privacy = self.record.get("privacy", {})  # not in old records
+        stated = [facts["epsilon"] for facts in (*self.record["clients"], privacy.get("guarantee", {"epsilon": 0}))]
+        charged = [site["epsilon_charged"] for site in privacy.get("sites", ()) if "epsilon_charged" in site]
+        return max(map(float, (*stated, *charged)))
+
+    @property
+    def private(self) -> bool | None:
+        """Whether ε promises anything; None where nothing was spent yet."""
+        spent, seeded = self.epsilon_spent, self.settings.get("privacy", {}).get("seeded_noise", False)
+        return None if spent is None else math.isfinite(spent) and not seeded
 
     @property
     def seconds(self) -> float | None:
         """How long it ran; so far, where it has not ended."""
         if self.record is not None:
-            return self.record.get("wall_seconds")
-        return sum(line["seconds"] for line in self.rounds) if self.rounds else None
+            return float(self.record["wall_seconds"])
+        return sum(line.get("seconds", 0.0) for line in self.rounds) if self.rounds else None
 
 
 class Store:
@@ -224,27 +236,41 @@ class Store:
         Raises:
             StoreError: the file is damaged.
         """
-        query = "SELECT folder, digest, role, axes, error, record, rounds, config, stamp FROM runs ORDER BY folder"
         with _said(self.path):
-            return [_run(*row) for row in self._connection.execute(query)]
+            return [_run(*row) for row in self._connection.execute(f"{_WHOLE} ORDER BY folder")]
+
+    def get(self, folder: str) -> StoredRun:
+        """The run of `folder`, which is there."""
+        with _said(self.path):
+            return _run(*self._connection.execute(f"{_WHOLE} WHERE folder = ?", (folder,)).fetchone())
 
     def stamps(self) -> dict[str, str]:
         """By folder, to find runs that changed without reading them all."""
         with _said(self.path):
             return dict(self._connection.execute("SELECT folder, stamp FROM runs"))
 
-    def select(self, where: str = "TRUE", *, order: str = "folder", descending: bool = False) -> list[dict[str, Any]]:
+    def select(
+        self,
+        where: str = "TRUE",
+        *,
+        equal: Mapping[str, Any] | None = None,
+        order: str = "folder",
+        descending: bool = False,
+    ) -> list[dict[str, Any]]:
         """`COLUMNS` of the runs for which the SQL expression `where` holds; it can read and do nothing else.
 
         Args:
+            equal: values of columns that the runs have besides.
             order: a column; runs without a value come last.
 
         Raises:
             ConfigError: `where` is no expression on the columns of the store.
             StoreError: the file is damaged.
         """
+        values = equal or {}
+        conditions = [f"({where}\n)", *(f"{name} = :{name}" for name in values)]  # a comment ends with its line
         sql = (
-            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE ({where}\n) "  # a comment ends with its line
+            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {' AND '.join(conditions)} "
             f"ORDER BY {order} IS NULL, {order} {'DESC' if descending else 'ASC'}, folder"
         )
         self._connection.set_authorizer(
@@ -252,7 +278,7 @@ class Store:
         )
         try:
             with _said(self.path):
-                rows = self._connection.execute(sql).fetchall()
+                rows = self._connection.execute(sql, values).fetchall()
         except StoreError as error:
             cause = error.__cause__
             if getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _ADVICE:
@@ -303,9 +329,10 @@ def _row(run: StoredRun) -> dict[str, Any]:
         "method": config.get("adapter", {}).get("method"),
         "epsilon": None if epsilon is None else float(epsilon),
         "seed": config.get("run", {}).get("seed"),
+        "epsilon_spent": run.epsilon_spent,
+        "private": run.private,
         "metric": metric.get("name"),
         "value": metric.get("value"),
-        "epsilon_spent": run.epsilon_spent,
         "rounds_done": len(run.rounds),
         "wall_seconds": run.seconds,
         "started": record.get("started"),

@@ -39,3 +39,9 @@ def shown_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """Without control characters, which a name from elsewhere may hold, and not longer than a reader can bear."""
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"

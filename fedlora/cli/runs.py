@@ -1,0 +1,197 @@
+"""`fedlora runs`: what is known of the runs in a folder, one against another, and without some of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+if TYPE_CHECKING:
+    from fedlora.experiments.gathering import Gathered
+
+runs = typer.Typer(name="runs", help="List, show, compare and remove runs.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Option("--in", help="a sweep's folder or a folder of runs")]
+DEFAULT = Path("runs")
+
+
+@runs.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="a sweep's folder, a folder of runs, or a store of them")] = DEFAULT,
+    task: Annotated[str | None, typer.Option(help="only this task")] = None,
+    method: Annotated[str | None, typer.Option(help="only this method")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="only this ε, as it was asked for; inf")] = None,
+    status: Annotated[str | None, typer.Option(help="done, failed or unfinished")] = None,
+    role: Annotated[str | None, typer.Option(help="cell (of a sweep), trial (for its settings) or run")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL expression on the columns that --csv has")] = None,
+    sort: Annotated[str, typer.Option(help="a column that --csv has; -COLUMN for the largest first")] = "folder",
+    as_csv: Annotated[bool, typer.Option("--csv", help="for spreadsheets")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; ε = ∞ is written as inf")] = False,
+) -> None:
+    """Which runs are there, what did they reach and what did they spend? Unfinished ones are listed too."""
+    from fedlora.errors import ConfigError
+    from fedlora.experiments.run_folder import to_json
+    from fedlora.experiments.store import COLUMNS
+    from fedlora.schema import require_known
+
+    if as_csv and as_json:
+        raise ConfigError("--csv and --json are two notations of one list; leave one of them out")
+    if status:
+        require_known(status, ("done", "failed", "unfinished"), "status", f"--status {status}")
+    if role:
+        require_known(role, ("cell", "trial", "run"), "role", f"--role {role}")
+    column = sort.removeprefix("-")
+    require_known(column, COLUMNS, "column", f"--sort {sort}")
+    wanted = {"task": task, "method": method, "epsilon": epsilon, "status": status, "role": role}
+    values = {name: value for name, value in wanted.items() if value is not None}
+    with _gathered(folder).store as store:
+        known = len(store.stamps())
+        rows = store.select(where or "TRUE", equal=values, order=column, descending=sort != column)
+    if as_json:
+        typer.echo(json.dumps(to_json(rows), indent=1))
+    elif as_csv:
+        typer.echo(_csv(rows), nl=False)
+    elif not rows:
+        typer.echo(f"none of the {known} runs in {folder} is like that" if known else f"no runs in {folder} yet")
+    else:
+        _print_table(rows)
+
+
+@runs.command()
+def show(
+    run: Annotated[str, typer.Argument(help="its folder's name, or how that or its digest begins")],
+    folder: Folder = DEFAULT,
+) -> None:
+    """All that is known of one run: settings, guarantee, what each client spent, results, traffic, versions."""
+    from fedlora.experiments.portrait import print_portrait
+
+    with (gathered := _gathered(folder)).store:
+        print_portrait(gathered.find(run))
+
+
+@runs.command()
+def diff(
+    left: Annotated[str, typer.Argument(help="a run, as for show")],
+    right: Annotated[str, typer.Argument(help="the run to compare it with")],
+    folder: Folder = DEFAULT,
+) -> None:
+    """What differs between two runs: settings, code and versions, results."""
+    from fedlora.experiments.portrait import print_differences
+
+    with (gathered := _gathered(folder)).store:
+        print_differences(gathered.find(left), gathered.find(right))
+
+
+@runs.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs, as for show")],
+    folder: Folder = DEFAULT,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove runs with their folders. Privacy that they spent stays spent: no ledger of a site is changed."""
+    from fedlora.errors import StoreError
+    from fedlora.experiments.removal import check_removable, clear_removed, remove_run
+
+    if folder.is_file():
+        raise StoreError(f"{folder} is a store without run folders; give the folder that the runs lie in")
+    with (gathered := _gathered(folder)).store:
+        found = list(dict.fromkeys(gathered.find(name).folder for name in names))
+    for run in found:
+        check_removable(folder, run)
+    typer.echo(
+        f"removes {', '.join(found)} in {folder}, with adapter, record and all. That gives no budget back: what these "
+        "runs spent on their records stays spent, and the ledger of a policy is left as it is"
+    )
+    if not yes and not _confirmed():
+        typer.echo("nothing was removed")
+        return
+    for run in found:
+        remove_run(folder, run)
+        typer.echo(f"removed {run}")
+    clear_removed(folder)
+
+
+def _confirmed() -> bool:
+    from fedlora.errors import ConfigError
+
+    try:
+        return typer.confirm("remove?")
+    except click.Abort:
+        raise ConfigError("nobody answered and nothing was removed; --yes removes without asking") from None
+
+
+def _gathered(folder: Path) -> Gathered:
+    from fedlora.experiments.gathering import gather
+    from fedlora.experiments.terminal import one_line
+
+    gathered = gather(folder)
+    for complaint in gathered.complaints:
+        typer.echo(f"fedlora: {one_line(complaint, 1000)}", err=True)
+    return gathered
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """One column for each axis of a sweep, behind the rest."""
+    axes = list(dict.fromkeys(axis for row in rows for axis in row["axes"]))
+    columns = [name for name in (rows[0] if rows else ()) if name != "axes"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, *(f"axis {axis}" for axis in axes)])
+    for row in rows:
+        writer.writerow([*(row[name] for name in columns), *(row["axes"].get(axis, "") for axis in axes)])
+    return text.getvalue()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000  # a line for each run, whatever reads it
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0), show_edge=False)
+    labelled = any(row["axes"] for row in rows)
+    table.add_column("run", overflow="fold")
+    if labelled:
+        table.add_column("cell", overflow="fold")
+    for name in ("task", "method"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ε spent", "value", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("metric", "status"):
+        table.add_column(name, no_wrap=True)
+    names = _short_names([row["folder"] for row in rows])
+    for row, name in zip(rows, names, strict=True):
+        table.add_row(name, *([_cell(row["axes"])] if labelled else []), *_facts(row))
+    console.print(table)
+
+
+def _short_names(folders: list[str]) -> list[str]:
+    """As much of each as `fedlora runs show` needs: cells are named by long digests."""
+    names = [folder.rpartition("/")[2] for folder in folders]
+    length = next((size for size in (8, 12) if len({name[:size] for name in names}) == len(names)), None)
+    return [name[:length] if "/" in folder else folder for folder, name in zip(folders, names, strict=True)]
+
+
+def _cell(axes: dict[str, str]) -> str:
+    from fedlora.experiments.terminal import one_line
+
+    return one_line(", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in axes.items()))
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    from fedlora.experiments.terminal import one_line, shown_epsilon
+
+    spent = "" if row["epsilon_spent"] is None else shown_epsilon(row["epsilon_spent"])
+    if row["private"] == 0 and spent not in ("", "∞"):
+        spent = f"not private ({spent})"  # its noise was seeded
+    value = "" if row["value"] is None else f"{row['value']:.4f}"
+    time = "" if row["wall_seconds"] is None else f"{row['wall_seconds']:.0f} s"
+    so_far = f", rounds so far: {row['rounds_done']}" if row["status"] == "unfinished" else ""
+    texts = row["task"], row["method"], spent, value, time, row["metric"], row["status"] + so_far
+    return [one_line("" if text is None else text) for text in texts]
