@@ -1,0 +1,148 @@
+"""How the report's figures look: one colour and mark for each label, everywhere, and the same bytes every time."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora.experiments.report.results import Results
+from fedlora.experiments.report.words import epsilon_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, with Tol's wine in place of a yellow too faint on white; marks tell labels apart, too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#882255")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
+INK, FAINT = "#222222", "#8a8a8a"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "fedlora",
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+}
+
+
+@contextmanager
+def drawing() -> Iterator[Any]:
+    """`matplotlib.pyplot` without a screen, in the report's style; nothing of it stays behind."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells a terminal that it builds its font cache
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a label may be in any script
+        yield plt
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Write NAME.png and NAME.svg without dates; returns the name."""
+    from matplotlib import pyplot as plt
+
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return name
+
+
+def plain(text: str, most: int = 32) -> str:
+    """A label as a figure can show it: short, and no formula."""
+    return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
+
+
+def folded(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def look(results: Results, label: str) -> dict[str, Any]:
+    """Colour, mark and line of a label."""
+    place = results.labels.index(label)
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKS[place % len(MARKS)],
+        "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3],
+    }
+
+
+def panels(plt: Any, count: int, *, width: float = 3.7, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three in a row, with room for a legend above."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    size = max(columns * width, 5.2), rows * height + 0.9
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    axes = list(grid.flat)
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return figure, axes[:count]
+
+
+def explain(figure: Figure, text: str) -> None:
+    """A caption below everything, folded to the figure's width."""
+    width = int(figure.get_size_inches()[0] * 16)
+    figure.supxlabel(folded(text, width), fontsize=7.5, color="#555555", x=0.01, ha="left")
+
+
+def legend_columns(figure: Figure) -> int:
+    """How many entries fit beside one another."""
+    return max(2, int(figure.get_size_inches()[0] / 1.8))
+
+
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One for all panels, above them; each name once."""
+    entries = {name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside upper left", ncols=legend_columns(figure), fontsize=8
+    )
+
+
+class EpsilonAxis:
+    """Places of ε: logarithmic, with infinity as a place of its own at the right end."""
+
+    def __init__(self, epsilons: Sequence[float]) -> None:
+        self.epsilons = sorted(epsilons)
+        finite = [math.log2(epsilon) for epsilon in self.epsilons if math.isfinite(epsilon)]
+        steps = [after - before for before, after in itertools.pairwise(finite)]
+        self.step = min(steps, default=1.0)
+        self._end = (finite[-1] if finite else 0.0) + max(1.2 * max(steps, default=1.0), 1.0)
+
+    def place(self, epsilon: float) -> float:
+        return self._end if math.isinf(epsilon) else math.log2(epsilon)
+
+    def draw(self, axes: Axes) -> None:
+        """Ticks, and a shade behind infinity."""
+        places = [self.place(epsilon) for epsilon in self.epsilons]
+        margin = 0.45 * self.step
+        axes.set_xlim(places[0] - margin, places[-1] + margin)
+        axes.set_xticks(places, [epsilon_text(epsilon) for epsilon in self.epsilons])
+        axes.grid(visible=False, axis="x")
+        if math.isinf(self.epsilons[-1]):
+            axes.axvspan(places[-1] - margin, places[-1] + margin, color="#000000", alpha=0.05, linewidth=0)
+            axes.annotate(
+                "no privacy",
+                (places[-1], 0.015),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                fontsize=7,
+                color="#666666",
+            )
