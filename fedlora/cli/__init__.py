@@ -18,6 +18,7 @@ from fedlora.cli.budget import budget
 from fedlora.cli.calibrate import calibrate
 from fedlora.cli.runs import runs
 from fedlora.cli.simulate import simulate
+from fedlora.cli.sweep import sweep
 from fedlora.errors import FedloraError, RunInterrupted
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
-for command in (simulate, calibrate, budget, audit, evaluate, predict):
+for command in (simulate, sweep, calibrate, budget, audit, evaluate, predict):
     app.command()(command)
 app.add_typer(runs)
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fedlora.experiments.progress import shown_epsilon
 from fedlora.experiments.store import StoredRun
 from fedlora.experiments.sweeps.sweep import Cell
+from fedlora.experiments.terminal import shown_epsilon
 
 
 class SweepProgress:

@@ -76,9 +76,10 @@ class SweepRun:
             self._run(cells, workers, watcher)
 
     def count(self, status: Literal["done", "failed"]) -> int:
-        """How many of the known cells ended so."""
+        """How many cells and trials ended so; a cell without a trial that went well failed too."""
         ended = (self.results.get(cell.digest) for cell in self.known_cells())
-        return sum(run is not None and run.status == status for run in ended)
+        unsettled = len(self.tuning.failed(self.results)) if self.tuning and status == "failed" else 0
+        return unsettled + sum(run is not None and run.status == status for run in ended)
 
     def _run(self, cells: list[Cell], workers: Workers, watcher: Watcher) -> None:
         jobs = {self.folder.run_folder(cell).absolute(): cell for cell in cells}
@@ -103,7 +104,7 @@ class SweepRun:
         try:
             run = self._stored(cell)
             if self.tuning is not None and cell.role == "cell" and run.record is not None:
-                folder.write_record({**run.record, "tuning": self.tuning.facts(cell, self.results)})
+                folder.write_record({**run.record, "tuning": self.tuning.facts(cell, self.results, run.record)})
                 run = self._stored(cell)
         except StoreError as damaged:
             return self._failed(cell, f"{damaged}; delete {folder.path} to run it again")

@@ -240,7 +240,11 @@ def _recipe(path: Path, recipe: Any) -> dict[str, Any]:
     if not recipe:
         return {}
     place = path.parent / recipe
-    return flattened(parse_settings(read_settings(place, "recipe"), f"recipe {place}"), f"recipe {place}")
+    tables = parse_settings(read_settings(place, "recipe"), f"recipe {place}")
+    run = tables.get("run")
+    if isinstance(run, Mapping):  # the config.toml of a run serves as a recipe too
+        tables["run"] = {key: value for key, value in run.items() if f"run.{key}" not in _PRIVATE_KEYS}
+    return flattened(tables, f"recipe {place}")
 
 
 def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
