@@ -20,7 +20,7 @@ class SweepProgress:
     def __init__(self) -> None:
         self.console = Console(markup=False, highlight=False, soft_wrap=True)  # a label may hold brackets
         self._bar = Bar(
-            TextColumn("{task.fields[done]} of {task.total:.0f} cells"),
+            TextColumn("{task.fields[ended]}"),
             BarColumn(),
             TimeElapsedColumn(),
             TextColumn("so far, left"),
@@ -43,14 +43,20 @@ class SweepProgress:
         if done:
             self.console.print(f"{done} of {total} cells are done already")
         self._bar.start()
-        self._task = self._bar.add_task("", total=total, completed=done, done=done)
+        self._task = self._bar.add_task("", total=total, completed=done, ended=self._ended())
 
     def ended(self, cell: Cell, run: StoredRun) -> None:
         self._done += 1
         self._failed += run.status == "failed"
         role = "trial, " if cell.role == "trial" else ""
         self.console.print(f"{self._done:>5}/{self._total}  {_result(run):<44}  {role}{cell.name}")
-        self._bar.update(self._task, completed=self._done, done=self._done)
+        if run.error:
+            self.console.print(f"{'':>7}{run.error}")
+        self._bar.update(self._task, completed=self._done, ended=self._ended())
+
+    def _ended(self) -> str:
+        failed = f", {self._failed} failed" if self._failed else ""
+        return f"{self._done} of {self._total} cells{failed}"
 
     def look(self, started: float) -> None:
         self._bar.update(self._task, completed=self._done + started)
@@ -58,6 +64,6 @@ class SweepProgress:
 
 def _result(run: StoredRun) -> str:
     if run.record is None:
-        return f"failed: {run.error}"
+        return "failed"
     metric, spent = run.record["metric"], max(float(client["epsilon"]) for client in run.record["clients"])
     return f"{metric['name']} {metric['value']:.4f}  ε {shown_epsilon(spent)}  {run.record['wall_seconds']:.0f} s"
