@@ -12,6 +12,8 @@ import click
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedlora.experiments.gathering import Gathered
 
 runs = typer.Typer(name="runs", help="List, show, compare and remove runs.", no_args_is_help=True)
@@ -147,28 +149,48 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich import box
+    """A line for each run, whatever reads it; what a narrow terminal has no room for is in `fedlora runs show`."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = 10_000  # a line for each run, whatever reads it
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0), show_edge=False)
-    labelled = any(row["axes"] for row in rows)
-    table.add_column("run", overflow="fold")
-    if labelled:
-        table.add_column("cell", overflow="fold")
-    for name in ("task", "method"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ε spent", "value", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("metric", "status"):
-        table.add_column(name, no_wrap=True)
-    names = _short_names([row["folder"] for row in rows])
-    for row, name in zip(rows, names, strict=True):
-        table.add_row(name, *([_cell(row["axes"])] if labelled else []), *_facts(row))
-    console.print(table)
+        console.width = 10_000
+    columns, unlimited = _columns(rows), console.options.update(width=10_000)
+    for name in ("metric", "time", "method", "task"):
+        if console.measure(_table(columns), options=unlimited).maximum > console.width:
+            del columns[name]
+    console.print(_table(columns))
+
+
+def _table(columns: dict[str, list[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        right = name in ("ε spent", "value", "time")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", min_width=min(8, len(name)))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    from fedlora.experiments.terminal import one_line
+
+    columns = {
+        "run": _short_names([row["folder"] for row in rows]),
+        "cell": [
+            ", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in row["axes"].items()) for row in rows
+        ],
+        "task": [row["task"] or "" for row in rows],
+        "method": [row["method"] or "" for row in rows],
+        "ε spent": [_spent(row) for row in rows],
+        "value": ["" if row["value"] is None else f"{row['value']:.4f}" for row in rows],
+        "metric": [row["metric"] or "" for row in rows],
+        "time": ["" if row["wall_seconds"] is None else f"{row['wall_seconds']:.0f} s" for row in rows],
+        "status": [_status(row) for row in rows],
+    }
+    return {name: [*map(one_line, cells)] for name, cells in columns.items() if name != "cell" or any(cells)}
 
 
 def _short_names(folders: list[str]) -> list[str]:
@@ -178,20 +200,14 @@ def _short_names(folders: list[str]) -> list[str]:
     return [name[:length] if "/" in folder else folder for folder, name in zip(folders, names, strict=True)]
 
 
-def _cell(axes: dict[str, str]) -> str:
-    from fedlora.experiments.terminal import one_line
+def _spent(row: dict[str, Any]) -> str:
+    from fedlora.experiments.terminal import shown_epsilon
 
-    return one_line(", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in axes.items()))
+    if row["epsilon_spent"] is None:
+        return ""
+    spent = shown_epsilon(row["epsilon_spent"])
+    return f"not private ({spent})" if row["private"] == 0 and spent != "∞" else spent  # its noise was seeded
 
 
-def _facts(row: dict[str, Any]) -> list[str]:
-    from fedlora.experiments.terminal import one_line, shown_epsilon
-
-    spent = "" if row["epsilon_spent"] is None else shown_epsilon(row["epsilon_spent"])
-    if row["private"] == 0 and spent not in ("", "∞"):
-        spent = f"not private ({spent})"  # its noise was seeded
-    value = "" if row["value"] is None else f"{row['value']:.4f}"
-    time = "" if row["wall_seconds"] is None else f"{row['wall_seconds']:.0f} s"
-    so_far = f", rounds so far: {row['rounds_done']}" if row["status"] == "unfinished" else ""
-    texts = row["task"], row["method"], spent, value, time, row["metric"], row["status"] + so_far
-    return [one_line("" if text is None else text) for text in texts]
+def _status(row: dict[str, Any]) -> str:
+    return f"unfinished, rounds so far: {row['rounds_done']}" if row["status"] == "unfinished" else str(row["status"])

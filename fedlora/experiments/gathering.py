@@ -55,15 +55,13 @@ class Gathered:
         Raises:
             StoreError: there is none, or there are several.
         """
-        runs = [(row["folder"], row["digest"]) for row in self.store.select()]
+        runs = [(row["folder"], row["folder"].rpartition("/")[2], row["digest"]) for row in self.store.select()]
         word = word.rstrip("/") or word
-        exact = [folder for folder, _ in runs if word in (folder, folder.rpartition("/")[2])]
-        near = [
-            folder
-            for folder, digest in runs
-            if any(name.startswith(word) for name in (folder, folder.rpartition("/")[2], digest))
-        ]
-        found = exact or near
+        found = (
+            [run[0] for run in runs if word in run[:2]]
+            or [run[0] for run in runs if any(name.startswith(word) for name in run[:2])]
+            or [run[0] for run in runs if run[2].startswith(word)]
+        )
         if not found:
             raise StoreError(f"no run {word!r} in {self.store.path.parent}; `fedlora runs list` names them")
         if len(found) > 1:

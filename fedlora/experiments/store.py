@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedlora.errors import ConfigError, StoreError
+from fedlora.experiments.run_folder import to_json
 
 FILE_NAME = "runs.sqlite"
 SCHEMA_VERSION = 1
@@ -379,4 +380,4 @@ def _said(path: Path) -> Iterator[None]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(to_json(value), separators=(",", ":"))
