@@ -1,0 +1,288 @@
+"""[tune] of SWEEP.toml: settings that are chosen by trials, on records that nothing is reported on.
+
+    [tune]
+    per = ["task", "method"]     # one choice for each combination of these axes' labels
+    how = "grid"                 # grid | random | optuna
+    trials = 8                   # configurations of each choice, for random and optuna
+    seeds = [1000]               # run.seed of trials; a configuration's value is the mean over them
+    records = "private"          # or "public": the author's word for what the trials train on
+    batch = 4                    # configurations that optuna proposes at once
+    [tune.set]                   # of trials only
+    privacy.epsilon = 3.0
+    [tune.space]
+    training.learning_rate = [2.0, 8.0]
+    privacy.clip_norm = { low = 0.1, high = 2.0, log = true }
+
+Trials are scored on one half of the public validation records (data.validation_part = "tuning"), the cells of the sweep
+on the other ("reporting"). Everything follows from the sweep and the results so far, so that a sweep that was killed
+goes on with the same trials. See docs/tuning.md, and `trial_cost` for what it costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from fedlora.config import SECTIONS
+from fedlora.experiments.store import StoredRun
+from fedlora.experiments.sweeps.sweep import Cell, Settings, Sweep, label_of
+from fedlora.experiments.sweeps.tree_parzen import TreeParzen
+from fedlora.experiments.sweeps.trial_cost import OUTSIDE_THE_PLAN, TrialCost, cost_with_trials
+from fedlora.experiments.sweeps.tune_table import TuneTable
+from fedlora.privacy.units import rounded_up
+
+Results = Mapping[str, StoredRun]
+"""Runs that are done or failed, by the digest of their cell."""
+Labels = tuple[str, ...]
+
+_REPORTED = {"data.validation_part": "reporting"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One configuration, run with every seed of [tune]."""
+
+    values: Settings
+    runs: Mapping[str, Cell]
+    """By digest."""
+
+    def ended(self, results: Results) -> bool:
+        return all(digest in results for digest in self.runs)
+
+    def value(self, results: Results) -> float | None:
+        """Mean of the metric over its runs, all of which have ended; None where one failed or has no number."""
+        records = [results[digest].record for digest in self.runs]
+        values = [math.nan if record is None else record["metric"]["value"] for record in records]
+        return statistics.fmean(values) if all(map(math.isfinite, values)) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Points of the sweep that share one choice."""
+
+    labels: Mapping[str, str]
+    """By axis of `per`."""
+    settings: Settings
+    """Of its trials, but for what is tried."""
+    points: tuple[Labels, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The choices of a sweep. Use `of`."""
+
+    sweep: Sweep
+    table: TuneTable
+    groups: tuple[_Group, ...]
+    _trials: dict[str, Trial] = field(default_factory=dict, repr=False, compare=False)
+    """Made before: a configuration takes milliseconds to check."""
+    _parzen: dict[Labels, TreeParzen] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Self | None:
+        """What [tune] of `sweep` asks for; None where nothing is tuned.
+
+        Raises:
+            ConfigError: [tune] is wrong, at odds with the sweep, or some of its trials could not run.
+        """
+        if not sweep.tune:
+            return None
+        table = TuneTable.of(sweep)
+        tuning = cls(sweep=sweep, table=table, groups=tuple(_groups(sweep, table)))
+        table.check_count(len(tuning.groups))
+        for group in tuning.groups:
+            for configuration in table.samples(_key(tuning, group)):
+                tuning._trial(group, configuration)
+        sweep.cells({point: {**table.space.first, **_REPORTED} for group in tuning.groups for point in group.points})
+        return tuning
+
+    def total(self) -> int:
+        """Number of trial runs, where no configuration is proposed twice."""
+        return len(self.groups) * self.table.configurations * len(self.table.seeds)
+
+    def ready(self, results: Results) -> list[Cell]:
+        """Trials that can be run by now, those that have ended included."""
+        trials = (trial for group in self.groups for trial in self._proposed(group, results))
+        return list({digest: cell for trial in trials for digest, cell in trial.runs.items()}.values())
+
+    def chosen(self, results: Results) -> dict[Labels, dict[str, Any]]:
+        """What the cells get, by the labels of `Sweep.points`, wherever all trials have ended and some went well."""
+        best = ((group, self._best(group, results)) for group in self.groups)
+        return {point: {**trial.values, **_REPORTED} for group, trial in best if trial for point in group.points}
+
+    def failed(self, results: Results) -> dict[Labels, str]:
+        """Why there is no choice for points whose trials have all ended, none of them well."""
+        return {
+            point: f"all {self.table.configurations} configurations tried for it failed; see the trials' errors"
+            for group in self.groups
+            if self._all_ended(group, results) and self._best(group, results) is None
+            for point in group.points
+        }
+
+    def facts(self, cell: Cell, results: Results, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The key "tuning" of a cell's record: how its settings were chosen, on what, and at which price.
+
+        Args:
+            results: with those of all trials that the choice rests on.
+            record: of the cell itself.
+        """
+        group = next(group for group in self.groups if group.labels.items() <= cell.axes.items())
+        best, runs = self._best(group, results), self._tried(group, results)
+        cost = self._cost(group, results, record)
+        facts = {
+            "how": self.table.how,
+            "space": self.sweep.tune["space"],
+            "per": dict(group.labels),
+            "values": {} if best is None else dict(best.values),
+            "configurations": len({json.dumps(_configuration(run)) for run in runs}),
+            "runs": len(runs),
+            "failed": sum(run.status == "failed" for run in runs),
+            "seeds": list(self.table.seeds),
+            "chosen_on": f"the tuning half of the public validation records of {_of_trials(group, 'data.task')}",
+            "reported_on": f"the other half of those of {record['config']['data']['task']}",
+            "trained_on": self._trained_on(group),
+            "epsilon_with_trials": "inf" if cost.epsilon == math.inf else cost.epsilon,
+            "delta": cost.delta,
+            "accountant": cost.accountant,
+            "reason": cost.reason,
+        }
+        return facts | {"note": _note(facts, public=self._public(group))}
+
+    def _proposed(self, group: _Group, results: Results) -> list[Trial]:
+        if self.table.how != "optuna":
+            return [self._trial(group, configuration) for configuration in self.table.fixed(_key(self, group))]
+
+        def answer(configuration: Settings) -> tuple[bool, float | None]:
+            trial = self._trial(group, configuration)
+            ended = trial.ended(results)
+            return ended, trial.value(results) if ended else None
+
+        parzen = self._parzen.setdefault(
+            tuple(group.labels.values()),
+            TreeParzen(space=self.table.space, key=_key(self, group), batch=self.table.batch),
+        )
+        found = parzen.proposed(self.table.configurations, answer)
+        return [self._trial(group, configuration) for configuration in found]
+
+    def _trial(self, group: _Group, configuration: Settings) -> Trial:
+        name = json.dumps([dict(group.labels), dict(configuration)])
+        if name not in self._trials:
+            tried = {key: label_of(value) for key, value in configuration.items()}
+            cells = [
+                self.sweep.cell(
+                    {**group.labels, **tried, "run.seed": str(seed)},
+                    {**group.settings, **configuration, "run.seed": seed},
+                    role="trial",
+                )
+                for seed in self.table.seeds
+            ]
+            self._trials[name] = Trial(values=configuration, runs={cell.digest: cell for cell in cells})
+        return self._trials[name]
+
+    def _all_ended(self, group: _Group, results: Results) -> bool:
+        trials = self._proposed(group, results)
+        return len(trials) == self.table.configurations and all(trial.ended(results) for trial in trials)
+
+    def _best(self, group: _Group, results: Results) -> Trial | None:
+        """The first of those with the largest value; None until all have ended, or if all failed."""
+        if not self._all_ended(group, results):
+            return None
+        values = [(trial, trial.value(results)) for trial in self._proposed(group, results)]
+        valued = [(trial, value) for trial, value in values if value is not None]
+        return max(valued, key=lambda pair: pair[1])[0] if valued else None
+
+    def _tried(self, group: _Group, results: Results) -> list[StoredRun]:
+        """Every trial that has ended, also those that would not be proposed now, as with another Optuna."""
+        planned = self._cells(group, results)
+        return [
+            run
+            for digest, run in results.items()
+            if digest in planned or (run.role == "trial" and group.labels.items() <= run.axes.items())
+        ]
+
+    def _cells(self, group: _Group, results: Results) -> dict[str, Cell]:
+        return {digest: cell for trial in self._proposed(group, results) for digest, cell in trial.runs.items()}
+
+    def _cost(self, group: _Group, results: Results, record: Mapping[str, Any]) -> TrialCost:
+        runs, planned = self._tried(group, results), self._cells(group, results)
+        if self._public(group):
+            return cost_with_trials(record, [])
+        cost = cost_with_trials(
+            record,
+            [run.record for run in runs if run.record is not None],
+            [planned[run.digest].config if run.digest in planned else None for run in runs if run.record is None],
+        )
+        moved = ", ".join(name for name in self.table.space.names if name not in OUTSIDE_THE_PLAN)
+        if not moved or cost.epsilon == math.inf:
+            return cost
+        reason = f"{moved} was chosen too, on which sampling and noise depend; choose it on public records"
+        return replace(cost, epsilon=None, reason=reason)
+
+    def _public(self, group: _Group) -> bool:
+        """Whether the trials' records cost nobody anything."""
+        return self.table.records == "public" or _of_trials(group, "data.source") == "generated"
+
+    def _trained_on(self, group: _Group) -> str:
+        source = _of_trials(group, "data.source")
+        if source == "generated":
+            return "a generated corpus, public by itself"
+        place = "the hub's records" if source == "hub" else "records of a folder"
+        if self.table.records == "public":
+            return f"{place}, public by the word of the sweep's author"
+        return f"{place}, which count as private"
+
+
+def _groups(sweep: Sweep, table: TuneTable) -> Iterator[_Group]:
+    """In the order of their first points, which give trials the settings of axes outside `per`."""
+    found: dict[Labels, list[tuple[dict[str, str], dict[str, Any]]]] = {}
+    for labels, settings in sweep.points():
+        found.setdefault(tuple(labels[axis] for axis in table.per), []).append((labels, settings))
+    for shared, points in found.items():
+        settings = {**points[0][1], **table.settings, "data.validation_part": "tuning"}
+        yield _Group(
+            labels=dict(zip(table.per, shared, strict=True)),
+            settings=settings,
+            points=tuple(tuple(labels.values()) for labels, _ in points),
+        )
+
+
+def _of_trials(group: _Group, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return group.settings.get(name, getattr(SECTIONS[section](), key))
+
+
+def _configuration(run: StoredRun) -> dict[str, str]:
+    return {name: label for name, label in run.axes.items() if name != "run.seed"}
+
+
+def _key(tuning: Tuning, group: _Group) -> str:
+    """What decides chance: the space and the group, so that cells can be added to a sweep and trials stay."""
+    return json.dumps([tuning.table.how, tuning.sweep.tune["space"], dict(group.labels)])
+
+
+def _note(facts: Mapping[str, Any], *, public: bool) -> str:
+    """All of it in a sentence or two, for a report."""
+    tried = f"{_counted(facts['configurations'], 'configuration')} in {_counted(facts['runs'], 'trial run')}"
+    failed = f", {facts['failed']} of which failed" if facts["failed"] else ""
+    chosen = f"Settings chosen among {tried}{failed}, trained on {facts['trained_on']}, by {facts['chosen_on']}; "
+    bound = facts["epsilon_with_trials"]
+    if public:
+        cost = "the trials cost these sites no privacy"
+    elif bound is None:
+        cost = f"what trials and this run together cost a record is not known: {facts['reason']}"
+    elif bound == "inf":
+        cost = f"together with its trials this run promises nothing: {facts['reason']}"
+    else:
+        cost = (
+            f"all of them with this run cost a record of a site at most ε = {rounded_up(bound):g} at "
+            f"δ = {facts['delta']:g} against the server and every other site"
+        )
+    return f"{chosen}reported on {facts['reported_on']}. {cost[0].upper()}{cost[1:]}."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
