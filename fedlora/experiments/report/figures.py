@@ -143,9 +143,19 @@ def _legend_by_bytes(figure: Figure, results: Results) -> None:
     for label in results.labels:
         handles.append(Line2D([], [], **{**look(results, label), "linestyle": ""}, label=plain(label)))
     for epsilon in results.epsilons:
-        shade = (INK, _fill(results, epsilon))
-        title = epsilon_title(epsilon)
-        handles.append(Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor=shade, label=title))
+        face = (INK, _fill(results, epsilon)) if math.isfinite(epsilon) else "white"
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="",
+                color=INK,
+                markeredgecolor=INK,
+                markerfacecolor=face,
+                label=epsilon_title(epsilon),
+            )
+        )
     figure.legend(handles=handles, loc="outside upper left", ncols=legend_columns(figure), fontsize=8)
 
 

@@ -175,10 +175,8 @@ def _draw_map(plt: Any, panel: Axes, entry: ChoiceMap) -> Any:
     panel.invert_yaxis()
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
-    panel.set_title(
-        f"{plain(entry.label)}, {epsilon_title(entry.epsilon)}\n{entry.num_runs} {'run' if entry.num_runs == 1 else 'runs'}",
-        fontsize=8,
-    )
+    runs = "1 run" if entry.num_runs == 1 else f"{entry.num_runs} runs"
+    panel.set_title(f"{plain(entry.label)}, {epsilon_title(entry.epsilon)}\n{runs}", fontsize=8)
     panel.set_ylabel("layer", fontsize=7)
     return mesh
 

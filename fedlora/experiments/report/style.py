@@ -34,6 +34,7 @@ _STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.hashsalt": "fedlora",
@@ -60,6 +61,8 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg without dates; returns the name."""
     from matplotlib import pyplot as plt
 
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # found once, and not for each file again
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
