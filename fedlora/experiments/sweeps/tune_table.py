@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
@@ -168,7 +169,7 @@ def _configurations(plain: _PlainKeys, space: Space, table: Mapping[str, Any]) -
         for key in ("trials", "batch"):
             if key in table:
                 raise ConfigError(f"tune.{key} is given, but tune.how = grid tries every combination; leave it out")
-        if space.size > MOST_TRIALS:
+        if MOST_TRIALS < space.size < math.inf:
             raise ConfigError(f"[tune.space] has {space.size:g} combinations, at most {MOST_TRIALS} are sensible")
         return len(space.grid())
     if plain.how == "random" and "batch" in table:
