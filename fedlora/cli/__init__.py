@@ -16,6 +16,7 @@ from fedlora.cli.adapters import evaluate, predict
 from fedlora.cli.audit import audit
 from fedlora.cli.budget import budget
 from fedlora.cli.calibrate import calibrate
+from fedlora.cli.report import report
 from fedlora.cli.runs import runs
 from fedlora.cli.simulate import simulate
 from fedlora.cli.sweep import sweep
@@ -28,7 +29,7 @@ app = typer.Typer(
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
-for command in (simulate, sweep, calibrate, budget, audit, evaluate, predict):
+for command in (simulate, sweep, report, calibrate, budget, audit, evaluate, predict):
     app.command()(command)
 app.add_typer(runs)
 
