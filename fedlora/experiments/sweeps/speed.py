@@ -1,0 +1,166 @@
+"""How fast this machine takes the private steps of a run: measured once, remembered on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.cache import remembered
+from fedlora.config import RunConfig
+from fedlora.data.encode import EncodedDataset
+from fedlora.data.tasks import TASKS
+from fedlora.engine.execution import Execution, choose_execution
+from fedlora.engine.sums import clipped_sums
+from fedlora.federation.schedule import cohort_size
+from fedlora.federation.shelf import Shelf
+from fedlora.federation.workbench import Workbench, build_workbench
+from fedlora.privacy.noise import make_noise_source
+from fedlora.privacy.plan import PhasePlan
+from fedlora.randomness import PublicSeed, SecretRoot
+
+_WIDTHS = (8, 64)  # tokens; two, to tell the cost of a token from that of a row
+_REPEATS = 7
+_SCHEMA = 1  # raise it when the measurement changes what it means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds of one thread, or of an accelerator."""
+
+    start: float
+    """To put adapters on a loaded base model and check that records do not influence one another."""
+    gradient_token: float
+    """A padded token of a micro-batch of gradients: forward and backward."""
+    gradient_row: float
+    """A row of it, beside its tokens: a copy of the adapters, clipping."""
+    forward_token: float
+    release: float
+    """One client's noise of one step."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As a worker of a sweep computes, so that what is chosen and measured here is what it will do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def speed_of(config: RunConfig, phase: PhasePlan, shelf: Shelf) -> Speed:
+    """Of a run of `config` whose `phase` trains; measured once per machine, model and torch version.
+
+    Raises:
+        ModelError: the model or its target modules are not there.
+        PrivacyError: on this machine records of one micro-batch influence one another.
+    """
+    execution = choose_execution(config)
+    question = _question(config, execution, phase)
+    return Speed(**remembered("speed", question, lambda: asdict(_measure(config, phase, shelf))))
+
+
+def _question(config: RunConfig, execution: Execution, phase: PhasePlan) -> dict[str, Any]:
+    cuda = execution.device.type == "cuda"
+    return {
+        "schema": _SCHEMA,
+        "machine": torch.cuda.get_device_name(execution.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "execution": execution.describe(),
+        "model": [config.model.name, config.model.head, config.model.pooling],
+        "adapter": [config.adapter.method, config.adapter.rank, list(config.adapter.targets)],
+        "labels": TASKS[config.data.task].num_labels,
+        "clients": min(cohort_size(config), 2),  # one client's adapters are not copied for each record
+        "engine": [config.engine.backend, config.engine.noise],
+        "release": [phase.mechanism.name, phase.mechanism.noise_multiplier > 0, config.privacy.low_pass < 1],
+    }
+
+
+def _measure(config: RunConfig, phase: PhasePlan, shelf: Shelf) -> Speed:
+    build_workbench(config, shelf).backend.detach()  # loads the model, and imports what that takes
+    begun = time.perf_counter()
+    workbench = build_workbench(config, shelf)
+    start = time.perf_counter() - begun
+    try:
+        return _measure_steps(workbench, phase, start)
+    finally:
+        workbench.backend.detach()
+
+
+def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float) -> Speed:
+    """Medians of repeats in turn: a machine that others use as well is slow for seconds at a time."""
+    _give_head(workbench)
+    budget, device = workbench.execution.token_budget, workbench.execution.device
+    clients = min(cohort_size(workbench.config), 2) if workbench.backend.fuses_clients else 1
+    theta = workbench.initial_theta.repeat(clients, 1)
+    noise = make_noise_source(workbench.config.engine.noise, SecretRoot.from_os().numpy("speed"), device)
+    full = [_full_batch(workbench, width) for width in _WIDTHS]
+
+    def gradients(dataset: EncodedDataset) -> object:
+        drawn = np.array_split(np.arange(len(dataset)), clients)
+        return clipped_sums(workbench.backend, dataset, drawn, theta, phase, token_budget=budget).sum().item()
+
+    def forward(dataset: EncodedDataset) -> object:
+        batch, _ = dataset.batch(np.arange(len(dataset)), device)
+        return workbench.backend.logits(theta[0], batch).sum().item()
+
+    def release() -> object:
+        total = torch.zeros(theta.shape[1], dtype=torch.float64, device=device)
+        return phase.privatize(total, noise=noise, slot_sizes=workbench.backend.slot_sizes).sum().item()
+
+    tasks: list[Callable[[], object]] = [
+        *(lambda dataset=dataset: gradients(dataset) for dataset in full),
+        lambda: forward(full[-1]),
+        release,
+    ]
+    times = [[_timed(task) for task in tasks] for _ in range(1 + _REPEATS)][1:]  # the first warms up
+    *gradient, forwards, releases = (statistics.median(column) for column in zip(*times, strict=True))
+    token, row = _apart(gradient, budget)
+    tokens = len(full[-1]) * int(full[-1].lengths[0])
+    return Speed(start=start, gradient_token=token, gradient_row=row, forward_token=forwards / tokens, release=releases)
+
+
+def _apart(seconds: list[float], budget: int) -> tuple[float, float]:
+    """Seconds of a token and of a row that give those of a full micro-batch of either width; never below 0."""
+    (narrow, wide), rows = seconds, [max(2, budget // width) for width in _WIDTHS]
+    tokens = [count * width for count, width in zip(rows, _WIDTHS, strict=True)]
+    row = (narrow * tokens[1] - wide * tokens[0]) / (rows[0] * tokens[1] - rows[1] * tokens[0])
+    row = min(max(row, 0.0), narrow / rows[0])
+    return max((wide - rows[1] * row) / tokens[1], 0.0), row
+
+
+def _full_batch(workbench: Workbench, width: int) -> EncodedDataset:
+    """As many random records of `width` tokens as share a micro-batch; public."""
+    count = max(2, workbench.execution.token_budget // width) - 1
+    draw, labels = PublicSeed.from_int(0).numpy("speed", width), workbench.classifier.num_labels
+    return EncodedDataset(
+        ids=draw.integers(0, len(workbench.classifier.tokenizer), count * width).astype(np.int32),
+        starts=np.arange(count) * width,
+        lengths=np.full(count, width),
+        labels=draw.integers(0, labels, count) if labels > 1 else draw.normal(size=count).astype(np.float32),
+        pad_token_id=0,
+    )
+
+
+def _give_head(workbench: Workbench) -> None:
+    """Any: a prototype head is made by the run, and without one there is no gradient."""
+    classifier = workbench.classifier
+    if workbench.config.model.head == "prototype":
+        weight = PublicSeed.from_int(0).torch("speed head")
+        shape = (classifier.num_labels, classifier.hidden_size)
+        classifier.set_head(torch.randn(shape, generator=weight), torch.zeros(classifier.num_labels))
+
+
+def _timed(task: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    task()  # ends with a number on the host, so that an accelerator is done
+    return time.perf_counter() - begun
