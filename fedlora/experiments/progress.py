@@ -45,7 +45,7 @@ class TerminalProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None:
+    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None:
         console = self._bar.console
         console.print(
             f"{config.data.task} from {config.data.source}: {config.federation.clients} clients, "
@@ -77,6 +77,9 @@ class TerminalProgress:
         )
         self._bar.console.print(row)
         self._bar.advance(self._task)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """`print_result` shows it, once the bar is gone."""
 
 
 def print_result(folder: Path) -> None:

@@ -55,9 +55,13 @@ from fedlora.randomness import PublicSeed
 class Progress(Protocol):
     """Whoever watches a run; every value shown to it is public."""
 
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
+    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None: ...
 
     def round(self, report: RoundReport) -> None: ...
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """The run has ended well; `record` is its record.json."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +236,13 @@ def _run_rounds(
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
     if not sites and config.private and not config.privacy.seeded_noise:
         _give_up_asked_round(folder, workbench, state)
-    progress.start(config, metric=evaluator.headline, num_rounds=len(workbench.schedule), done=state.next_round)
+    progress.start(
+        config,
+        folder=folder.path,
+        metric=evaluator.headline,
+        num_rounds=len(workbench.schedule),
+        done=state.next_round,
+    )
 
     def on_round(report: RoundReport, state: ServerState) -> None:
         state.last_report, state.rounds_done = to_json(asdict(report)), state.rounds_done + 1
@@ -252,7 +262,7 @@ def _run_rounds(
     seconds = earlier + time.perf_counter() - clock
     oversight = oversight_facts(ledger, state.run_id, sites, own_ledger=folder.ledger_file.is_file())
     resumption = resumption_of(ledger, state.run_id, sites, resumed=resumed)
-    _finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption)
+    progress.finish(_finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption))
 
 
 def _state_to_go_on_from(folder: RunFolder, workbench: Workbench, sites: Sequence[Site]) -> ServerState:
@@ -328,8 +338,12 @@ def _finish(
     wall_seconds: float,
     oversight: dict[str, Any],
     resumption: Resumption,
-) -> None:
-    """Adapter, pictures, privacy report and, last, the record: a folder with a record is a whole one."""
+) -> dict[str, Any]:
+    """Adapter, pictures, privacy report and, last, the record: a folder with a record is a whole one.
+
+    Returns:
+        The record.
+    """
     export_adapter(
         folder.adapter_folder,
         model=config.model,
@@ -383,6 +397,7 @@ def _finish(
     folder.write_record(record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
+    return record
 
 
 def _private_evaluation(

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -90,9 +91,11 @@ class Worker:
 class Unwatched:
     """Nobody watches a cell's rounds one by one: rounds.jsonl tells how far it is."""
 
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
+    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None: ...
 
     def round(self, report: RoundReport) -> None: ...
+
+    def finish(self, record: Mapping[str, Any]) -> None: ...
 
 
 def _at(config: RunConfig, folder: Path) -> dict[str, dict[str, Any]]:
