@@ -144,13 +144,13 @@ class Tuning:
             "seeds": list(self.table.seeds),
             "chosen_on": f"the tuning half of the public validation records of {_of_trials(group, 'data.task')}",
             "reported_on": f"the other half of those of {record['config']['data']['task']}",
-            "trained_on": self._trained_on(group),
+            "trained_on": self._trained_on(group, record),
             "epsilon_with_trials": "inf" if cost.epsilon == math.inf else cost.epsilon,
             "delta": cost.delta,
             "accountant": cost.accountant,
             "reason": cost.reason,
         }
-        return facts | {"note": _note(facts, public=self._public(group))}
+        return facts | {"note": _note(facts, public=self._public(group, record))}
 
     def _proposed(self, group: _Group, results: Results) -> list[Trial]:
         if self.table.how != "optuna":
@@ -209,7 +209,7 @@ class Tuning:
 
     def _cost(self, group: _Group, results: Results, record: Mapping[str, Any]) -> TrialCost:
         runs, planned = self._tried(group, results), self._cells(group, results)
-        if self._public(group):
+        if self._public(group, record):
             return cost_with_trials(record, [])
         cost = cost_with_trials(
             record,
@@ -222,15 +222,15 @@ class Tuning:
         reason = f"{moved} was chosen too, on which sampling and noise depend; choose it on public records"
         return replace(cost, epsilon=None, reason=reason)
 
-    def _public(self, group: _Group) -> bool:
-        """Whether the trials' records cost nobody anything."""
-        return self.table.records == "public" or _of_trials(group, "data.source") == "generated"
+    def _public(self, group: _Group, record: Mapping[str, Any]) -> bool:
+        """Whether the trials cost the run's sites nothing."""
+        return self.table.records == "public" or _made_up(group, record)
 
-    def _trained_on(self, group: _Group) -> str:
-        source = _of_trials(group, "data.source")
-        if source == "generated":
+    def _trained_on(self, group: _Group, record: Mapping[str, Any]) -> str:
+        if _made_up(group, record):
             return "a generated corpus, public by itself"
-        place = "the hub's records" if source == "hub" else "records of a folder"
+        places = {"generated": "records of a generated corpus", "hub": "the hub's records"}
+        place = places.get(_of_trials(group, "data.source"), "records of a folder")
         if self.table.records == "public":
             return f"{place}, public by the word of the sweep's author"
         return f"{place}, which count as private"
@@ -253,6 +253,11 @@ def _groups(sweep: Sweep, table: TuneTable) -> Iterator[_Group]:
 def _of_trials(group: _Group, name: str) -> Any:
     section, _, key = name.partition(".")
     return group.settings.get(name, getattr(SECTIONS[section](), key))
+
+
+def _made_up(group: _Group, record: Mapping[str, Any]) -> bool:
+    """Whether trials train on a generated corpus and the run does not; in a run it stands for private records."""
+    return _of_trials(group, "data.source") == "generated" and record["config"]["data"]["source"] != "generated"
 
 
 def _configuration(run: StoredRun) -> dict[str, str]:

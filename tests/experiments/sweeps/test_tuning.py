@@ -100,6 +100,14 @@ def test_a_sweep_without_the_table_tunes_nothing(tmp_path: Path) -> None:
     assert Tuning.of(sweep_of(tmp_path, SWEEP)) is None
 
 
+def test_the_documents_example_is_what_it_says(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "tuning.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    assert tuning_of(tmp_path, example).total() == 32
+    assert len(sweep_of(tmp_path, example).cells()) == 18
+    assert "= 32 trials, then 18 cells" in text
+
+
 def test_a_grid_tries_every_combination_for_each_task_with_each_seed(tmp_path: Path) -> None:
     tuning = tuning_of(tmp_path, SWEEP + GRID)
     trials = tuning.ready({})
@@ -388,6 +396,13 @@ def test_trials_on_public_records_cost_nothing(tmp_path: Path, change: tuple[str
     assert facts["epsilon_with_trials"] == pytest.approx(epsilon([Charge(0.02, 0.8, 100)], 1e-5), rel=1e-3)
     assert facts["trained_on"].endswith(said)
     assert "cost these sites no privacy" in facts["note"]
+
+
+def test_a_generated_corpus_that_stands_for_private_records_is_charged(tmp_path: Path) -> None:
+    """Where the cells train on it as well, as in a first try."""
+    charged, facts = facts_of(tmp_path, PRIVATE), facts_of(tmp_path, PRIVATE.replace('"hub"', '"generated"'))
+    assert facts["epsilon_with_trials"] == charged["epsilon_with_trials"]
+    assert facts["trained_on"] == "records of a generated corpus, which count as private"
 
 
 @pytest.mark.parametrize("flaw", ["privacy.epsilon = inf", "privacy.seeded_noise = true\nprivacy.epsilon = 3.0"])
