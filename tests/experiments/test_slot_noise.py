@@ -20,6 +20,7 @@ from fedlora.experiments import simulate as simulation
 from fedlora.experiments.run_folder import to_json
 from fedlora.experiments.simulate import simulate
 from fedlora.experiments.slot_noise import slot_facts
+from fedlora.experiments.sweeps.worker import Unwatched
 from fedlora.privacy.projection import LowPass
 
 Slots = list[dict[str, Any]]
@@ -34,12 +35,6 @@ SETTINGS = (
 )
 
 
-class Silent:
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
-
-    def round(self, report: Any) -> None: ...
-
-
 Run = Callable[..., dict[str, Any]]
 
 
@@ -48,7 +43,7 @@ def run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Run:
     """`run("section.key=value", …)` is the record of a seeded run, its folder under "folder"."""
 
     def make(*overrides: str, out: str = "run") -> dict[str, Any]:
-        path = simulate(tiny_config(*SETTINGS, *overrides, f"run.out='{tmp_path / out}'"), Silent())
+        path = simulate(tiny_config(*SETTINGS, *overrides, f"run.out='{tmp_path / out}'"), Unwatched())
         return {**json.loads((path / "record.json").read_text()), "folder": path}
 
     return make
@@ -208,5 +203,5 @@ def test_a_run_that_was_stopped_says_the_same(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setattr(simulation.CohortTransport, "exchange", interrupted)
     with pytest.raises(RunInterrupted):
         run(out="stopped")
-    path = simulation.resume(whole["folder"].parent / "stopped", Silent())
+    path = simulation.resume(whole["folder"].parent / "stopped", Unwatched())
     assert json.loads((path / "record.json").read_text())["slots"] == whole["slots"]

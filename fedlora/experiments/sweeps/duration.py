@@ -7,6 +7,7 @@ constant for a run, a round and a record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,7 +129,8 @@ class _Rounds:
         """The records of all clients share micro-batches where the back end can do that."""
         together = clients if self._config.engine.backend == "expanded" else 1
         gradients = self._gradients(together * batch, share_of_slots) * (clients // together)
-        return gradients + clients * self._speed.release
+        noisy = math.isfinite(self._config.privacy.epsilon)
+        return gradients + (clients * self._speed.release if noisy else 0.0)
 
     def _share_of_slots(self, entry: ScheduledRound) -> float:
         """Of those that were measured: fine-tuning has only the chosen ones, or one for all others of a type."""

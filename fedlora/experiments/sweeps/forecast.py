@@ -96,8 +96,8 @@ class _Forecaster:
         return self._once(("sizes", config.data, config.federation.clients, config.run.seed), count)
 
     def _speed(self, config: RunConfig, plan: PrivacyPlan) -> Speed:
-        task, privacy, federation = config.data.task, config.privacy, config.federation
-        key = ("speed", config.model, config.adapter, config.engine, config.run.device, task, privacy, federation)
+        low_pass, federation = config.privacy.low_pass, config.federation
+        key = ("speed", config.model, config.adapter, config.engine, config.run, config.data.task, low_pass, federation)
         return self._once(key, lambda: speed_of(config, plan[FINETUNE], self._shelf))
 
     def _workload(self, config: RunConfig) -> Workload:
@@ -173,7 +173,7 @@ def _total(seconds: Sequence[float], workers: int) -> str:
     words = f"{len(seconds)} cells take about {shown_seconds(alone)} one after the other"
     if workers > 1:
         words += f", {shown_seconds(together(seconds, workers))} with {workers} workers"
-    return f"{words}; measured with one thread on this machine as busy as it is, right within a factor of two"
+    return f"{words}: an estimate for one thread each on this machine, with nothing else to do"
 
 
 def together(seconds: Sequence[float], workers: int) -> float:

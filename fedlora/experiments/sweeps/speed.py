@@ -1,4 +1,7 @@
-"""How fast this machine takes the private steps of a run: measured once, remembered on disk."""
+"""How fast this machine takes the private steps of a run: measured once, remembered on disk.
+
+On a CPU in the thread's own time, so that what else the machine does meanwhile counts as little as it can.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from fedlora.engine.sums import clipped_sums
 from fedlora.federation.schedule import cohort_size
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.workbench import Workbench, build_workbench
+from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.noise import make_noise_source
 from fedlora.privacy.plan import PhasePlan
 from fedlora.randomness import PublicSeed, SecretRoot
@@ -32,7 +36,7 @@ _SCHEMA = 1  # raise it when the measurement changes what it means
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of one thread, or of an accelerator."""
+    """Seconds of a thread with a core to itself, or of an accelerator."""
 
     start: float
     """To put adapters on a loaded base model and check that records do not influence one another."""
@@ -42,7 +46,7 @@ class Speed:
     """A row of it, beside its tokens: a copy of the adapters, clipping."""
     forward_token: float
     release: float
-    """One client's noise of one step."""
+    """One client's Gaussian noise of one step; that of other mechanisms takes a little longer."""
 
 
 @contextlib.contextmanager
@@ -64,11 +68,11 @@ def speed_of(config: RunConfig, phase: PhasePlan, shelf: Shelf) -> Speed:
         PrivacyError: on this machine records of one micro-batch influence one another.
     """
     execution = choose_execution(config)
-    question = _question(config, execution, phase)
+    question = _question(config, execution)
     return Speed(**remembered("speed", question, lambda: asdict(_measure(config, phase, shelf))))
 
 
-def _question(config: RunConfig, execution: Execution, phase: PhasePlan) -> dict[str, Any]:
+def _question(config: RunConfig, execution: Execution) -> dict[str, Any]:
     cuda = execution.device.type == "cuda"
     return {
         "schema": _SCHEMA,
@@ -81,24 +85,26 @@ def _question(config: RunConfig, execution: Execution, phase: PhasePlan) -> dict
         "labels": TASKS[config.data.task].num_labels,
         "clients": min(cohort_size(config), 2),  # one client's adapters are not copied for each record
         "engine": [config.engine.backend, config.engine.noise],
-        "release": [phase.mechanism.name, phase.mechanism.noise_multiplier > 0, config.privacy.low_pass < 1],
+        "projected": config.privacy.low_pass < 1,
     }
 
 
 def _measure(config: RunConfig, phase: PhasePlan, shelf: Shelf) -> Speed:
     build_workbench(config, shelf).backend.detach()  # loads the model, and imports what that takes
-    begun = time.perf_counter()
+    clock = _clock(choose_execution(config).device)
+    begun = clock()
     workbench = build_workbench(config, shelf)
-    start = time.perf_counter() - begun
+    start = clock() - begun
     try:
-        return _measure_steps(workbench, phase, start)
+        return _measure_steps(workbench, phase, start, clock)
     finally:
         workbench.backend.detach()
 
 
-def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float) -> Speed:
+def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: Callable[[], float]) -> Speed:
     """Medians of repeats in turn: a machine that others use as well is slow for seconds at a time."""
     _give_head(workbench)
+    mechanism = GaussianMechanism(1.0)
     budget, device = workbench.execution.token_budget, workbench.execution.device
     clients = min(cohort_size(workbench.config), 2) if workbench.backend.fuses_clients else 1
     theta = workbench.initial_theta.repeat(clients, 1)
@@ -115,14 +121,15 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float) -> Spee
 
     def release() -> object:
         total = torch.zeros(theta.shape[1], dtype=torch.float64, device=device)
-        return phase.privatize(total, noise=noise, slot_sizes=workbench.backend.slot_sizes).sum().item()
+        slots = workbench.backend.slot_sizes
+        return mechanism.privatize(total, sensitivity=1.0, noise=noise, slot_sizes=slots).sum().item()
 
     tasks: list[Callable[[], object]] = [
         *(lambda dataset=dataset: gradients(dataset) for dataset in full),
         lambda: forward(full[-1]),
         release,
     ]
-    times = [[_timed(task) for task in tasks] for _ in range(1 + _REPEATS)][1:]  # the first warms up
+    times = [[_timed(task, clock) for task in tasks] for _ in range(1 + _REPEATS)][1:]  # the first warms up
     *gradient, forwards, releases = (statistics.median(column) for column in zip(*times, strict=True))
     token, row = _apart(gradient, budget)
     tokens = len(full[-1]) * int(full[-1].lengths[0])
@@ -160,7 +167,11 @@ def _give_head(workbench: Workbench) -> None:
         classifier.set_head(torch.randn(shape, generator=weight), torch.zeros(classifier.num_labels))
 
 
-def _timed(task: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def _timed(task: Callable[[], object], clock: Callable[[], float]) -> float:
+    begun = clock()
     task()  # ends with a number on the host, so that an accelerator is done
-    return time.perf_counter() - begun
+    return clock() - begun
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    return time.process_time if device.type == "cpu" else time.perf_counter

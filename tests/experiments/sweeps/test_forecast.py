@@ -19,6 +19,7 @@ from fedlora.experiments.sweeps.duration import run_seconds, workload_of
 from fedlora.experiments.sweeps.forecast import Forecast, forecast, print_forecast, shown_seconds, together
 from fedlora.experiments.sweeps.speed import Speed
 from fedlora.experiments.sweeps.sweep import Cell
+from fedlora.experiments.sweeps.worker import Unwatched
 from fedlora.federation import shelf as shelf_module
 from fedlora.federation import workbench as workbench_module
 from fedlora.federation.shelf import Shelf
@@ -26,12 +27,6 @@ from fedlora.models import Classifier
 
 MakeConfig = Callable[..., RunConfig]
 NOTHING = Speed(start=0, gradient_token=0, gradient_row=0, forward_token=0, release=0)
-
-
-class Silent:
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
-
-    def round(self, report: Any) -> None: ...
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def cell(config: RunConfig, **axes: str) -> Cell:
 def test_noise_and_budget_are_those_of_the_run(tiny_config: MakeConfig, tmp_path: Path, settings: Any) -> None:
     config = tiny_config("privacy.accountant=rdp", *settings, f"run.out='{tmp_path / 'run'}'")
     (found,) = forecast([cell(config)], Shelf())
-    record = json.loads((simulate(config, Silent()) / "record.json").read_text())
+    record = json.loads((simulate(config, Unwatched()) / "record.json").read_text())
     noise = [client["effective_noise_multiplier"] for client in record["clients"]]
     assert found.error == ""
     assert found.noise_multiplier == (min(noise), max(noise))
@@ -170,7 +165,7 @@ def test_what_is_counted_is_what_a_run_computes(
     count(ExpandedBackend, "gradients", 1, rows=True)
     count(ExpandedBackend, "logits", 1)
     count(Classifier, "embed", 0)
-    simulate(config, Silent())
+    simulate(config, Unwatched())
     for name, found in counted.items():
         expected = _units(config, name, workload, sizes)
         assert found == pytest.approx(expected, rel=0.1), name
@@ -246,7 +241,7 @@ def test_two_hundred_cells_are_a_row_each(capsys: pytest.CaptureFixture[str], ti
     assert lines[2].split()[-4:] == ["0.7", "∞", "60", "s"]
     assert "0.7 to 0.82" in lines[3]
     assert lines[-2] == "cannot run, 3 of 203 cells: no rte records in here"
-    assert lines[-1].startswith("200 cells take about 3 h 20 min one after the other, 50 min with 4 workers;")
+    assert lines[-1].startswith("200 cells take about 3 h 20 min one after the other, 50 min with 4 workers:")
 
 
 def test_noise_that_anyone_can_repeat_is_called_so(capsys: pytest.CaptureFixture[str], tiny_config: MakeConfig) -> None:
