@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
 from fedlora.experiments.report.csv_files import runs_csv
-from fedlora.experiments.report.module_figures import choice_maps, noise_shares
+from fedlora.experiments.report.modules import choice_maps, noise_shares
 from fedlora.experiments.report.results import ReportedRun, Results
 from fedlora.experiments.report.style import COLOURS
 from fedlora.experiments.report.tables import (

@@ -61,8 +61,9 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg without dates; returns the name."""
     from matplotlib import pyplot as plt
 
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # found once, and not for each file again
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")  # once, and not for each file again
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
