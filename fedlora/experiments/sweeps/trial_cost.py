@@ -168,8 +168,7 @@ def _charge(phase: Mapping[str, Any], rounds_again: int, most: int) -> Charge:
 def _deal(record: Record) -> str:
     """What decides which site has which record."""
     config = record["config"]
-    data = {key: value for key, value in config["data"].items() if key != "validation_part"}
-    return json.dumps([data, config["federation"]["clients"], config["run"]["seed"]], sort_keys=True)
+    return json.dumps([config["data"], config["federation"]["clients"], config["run"]["seed"]], sort_keys=True)
 
 
 def _twin(config: RunConfig | None, runs: Sequence[Record]) -> Record:

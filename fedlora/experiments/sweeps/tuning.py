@@ -24,16 +24,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedlora.config import SECTIONS
 from fedlora.experiments.store import StoredRun
 from fedlora.experiments.sweeps.sweep import Cell, Settings, Sweep, label_of
 from fedlora.experiments.sweeps.tree_parzen import TreeParzen
-from fedlora.experiments.sweeps.trial_cost import OUTSIDE_THE_PLAN, TrialCost, cost_with_trials
 from fedlora.experiments.sweeps.tune_table import TuneTable
-from fedlora.privacy.units import rounded_up
+from fedlora.experiments.sweeps.tuning_facts import Search
 
 Results = Mapping[str, StoredRun]
 """Runs that are done or failed, by the digest of their cell."""
@@ -56,7 +54,7 @@ class Trial:
     def value(self, results: Results) -> float | None:
         """Mean of the metric over its runs, all of which have ended; None where one failed or has no number."""
         records = [results[digest].record for digest in self.runs]
-        values = [math.nan if record is None else record["metric"]["value"] for record in records]
+        values = [math.nan if record is None else float(record["metric"]["value"]) for record in records]
         return statistics.fmean(values) if all(map(math.isfinite, values)) else None
 
 
@@ -131,26 +129,18 @@ class Tuning:
             record: of the cell itself.
         """
         group = next(group for group in self.groups if group.labels.items() <= cell.axes.items())
-        best, runs = self._best(group, results), self._tried(group, results)
-        cost = self._cost(group, results, record)
-        facts = {
-            "how": self.table.how,
-            "space": self.sweep.tune["space"],
-            "per": dict(group.labels),
-            "values": {} if best is None else dict(best.values),
-            "configurations": len({json.dumps(_configuration(run)) for run in runs}),
-            "runs": len(runs),
-            "failed": sum(run.status == "failed" for run in runs),
-            "seeds": list(self.table.seeds),
-            "chosen_on": f"the tuning half of the public validation records of {_of_trials(group, 'data.task')}",
-            "reported_on": f"the other half of those of {record['config']['data']['task']}",
-            "trained_on": self._trained_on(group, record),
-            "epsilon_with_trials": "inf" if cost.epsilon == math.inf else cost.epsilon,
-            "delta": cost.delta,
-            "accountant": cost.accountant,
-            "reason": cost.reason,
-        }
-        return facts | {"note": _note(facts, public=self._public(group, record))}
+        planned = {digest: cell for trial in self._proposed(group, results) for digest, cell in trial.runs.items()}
+        best = self._best(group, results)
+        search = Search(
+            table=self.table,
+            written=self.sweep.tune["space"],
+            labels=group.labels,
+            settings=group.settings,
+            values=best.values if best else {},
+            runs=[run for digest, run in results.items() if digest in planned or _of_group(run, group)],
+            planned={digest: cell.config for digest, cell in planned.items()},
+        )
+        return search.facts(record)
 
     def _proposed(self, group: _Group, results: Results) -> list[Trial]:
         if self.table.how != "optuna":
@@ -195,46 +185,6 @@ class Tuning:
         valued = [(trial, value) for trial, value in values if value is not None]
         return max(valued, key=lambda pair: pair[1])[0] if valued else None
 
-    def _tried(self, group: _Group, results: Results) -> list[StoredRun]:
-        """Every trial that has ended, also those that would not be proposed now, as with another Optuna."""
-        planned = self._cells(group, results)
-        return [
-            run
-            for digest, run in results.items()
-            if digest in planned or (run.role == "trial" and group.labels.items() <= run.axes.items())
-        ]
-
-    def _cells(self, group: _Group, results: Results) -> dict[str, Cell]:
-        return {digest: cell for trial in self._proposed(group, results) for digest, cell in trial.runs.items()}
-
-    def _cost(self, group: _Group, results: Results, record: Mapping[str, Any]) -> TrialCost:
-        runs, planned = self._tried(group, results), self._cells(group, results)
-        if self._public(group, record):
-            return cost_with_trials(record, [])
-        cost = cost_with_trials(
-            record,
-            [run.record for run in runs if run.record is not None],
-            [planned[run.digest].config if run.digest in planned else None for run in runs if run.record is None],
-        )
-        moved = ", ".join(name for name in self.table.space.names if name not in OUTSIDE_THE_PLAN)
-        if not moved or cost.epsilon == math.inf:
-            return cost
-        reason = f"{moved} was chosen too, on which sampling and noise depend; choose it on public records"
-        return replace(cost, epsilon=None, reason=reason)
-
-    def _public(self, group: _Group, record: Mapping[str, Any]) -> bool:
-        """Whether the trials cost the run's sites nothing."""
-        return self.table.records == "public" or _made_up(group, record)
-
-    def _trained_on(self, group: _Group, record: Mapping[str, Any]) -> str:
-        if _made_up(group, record):
-            return "a generated corpus, public by itself"
-        places = {"generated": "records of a generated corpus", "hub": "the hub's records"}
-        place = places.get(_of_trials(group, "data.source"), "records of a folder")
-        if self.table.records == "public":
-            return f"{place}, public by the word of the sweep's author"
-        return f"{place}, which count as private"
-
 
 def _groups(sweep: Sweep, table: TuneTable) -> Iterator[_Group]:
     """In the order of their first points, which give trials the settings of axes outside `per`."""
@@ -250,44 +200,11 @@ def _groups(sweep: Sweep, table: TuneTable) -> Iterator[_Group]:
         )
 
 
-def _of_trials(group: _Group, name: str) -> Any:
-    section, _, key = name.partition(".")
-    return group.settings.get(name, getattr(SECTIONS[section](), key))
-
-
-def _made_up(group: _Group, record: Mapping[str, Any]) -> bool:
-    """Whether trials train on a generated corpus and the run does not; in a run it stands for private records."""
-    return _of_trials(group, "data.source") == "generated" and record["config"]["data"]["source"] != "generated"
-
-
-def _configuration(run: StoredRun) -> dict[str, str]:
-    return {name: label for name, label in run.axes.items() if name != "run.seed"}
+def _of_group(run: StoredRun, group: _Group) -> bool:
+    """Whether it was a trial for these points, also one that would not be proposed now, as with another Optuna."""
+    return run.role == "trial" and group.labels.items() <= run.axes.items()
 
 
 def _key(tuning: Tuning, group: _Group) -> str:
     """What decides chance: the space and the group, so that cells can be added to a sweep and trials stay."""
     return json.dumps([tuning.table.how, tuning.sweep.tune["space"], dict(group.labels)])
-
-
-def _note(facts: Mapping[str, Any], *, public: bool) -> str:
-    """All of it in a sentence or two, for a report."""
-    tried = f"{_counted(facts['configurations'], 'configuration')} in {_counted(facts['runs'], 'trial run')}"
-    failed = f", {facts['failed']} of which failed" if facts["failed"] else ""
-    chosen = f"Settings chosen among {tried}{failed}, trained on {facts['trained_on']}, by {facts['chosen_on']}; "
-    bound = facts["epsilon_with_trials"]
-    if public:
-        cost = "the trials cost these sites no privacy"
-    elif bound is None:
-        cost = f"what trials and this run together cost a record is not known: {facts['reason']}"
-    elif bound == "inf":
-        cost = f"together with its trials this run promises nothing: {facts['reason']}"
-    else:
-        cost = (
-            f"all of them with this run cost a record of a site at most ε = {rounded_up(bound):g} at "
-            f"δ = {facts['delta']:g} against the server and every other site"
-        )
-    return f"{chosen}reported on {facts['reported_on']}. {cost[0].upper()}{cost[1:]}."
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
