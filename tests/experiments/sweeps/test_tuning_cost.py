@@ -200,6 +200,8 @@ class Silent:
 
     def round(self, report: Any) -> None: ...
 
+    def finish(self, *public: Any) -> None: ...
+
 
 def test_a_real_record_is_read(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """One site, no trial: what is left is what the run itself says."""
