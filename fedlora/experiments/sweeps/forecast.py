@@ -21,6 +21,8 @@ from fedlora.privacy.plan import FINETUNE, PrivacyPlan, make_plan
 
 Thing = TypeVar("Thing")
 
+_FILE_WIDTH = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
@@ -133,6 +135,8 @@ def print_forecast(forecasts: Sequence[Forecast], workers: int) -> None:
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH  # a line for each cell
     axes = list(dict.fromkeys(axis for entry in forecasts for axis in entry.cell.axes))
     trials = any(entry.cell.role == "trial" for entry in forecasts)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from fedlora.privacy.noise import make_noise_source
 from fedlora.privacy.plan import PhasePlan
 from fedlora.randomness import PublicSeed, SecretRoot
 
-_WIDTHS = (8, 64)  # tokens; two, to tell the cost of a token from that of a row
+_NARROW, _WIDE = 8, 64  # tokens; two widths, to tell the cost of a token from that of a row
 _REPEATS = 7
 _SCHEMA = 1  # raise it when the measurement changes what it means
 
@@ -109,7 +109,8 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
     clients = min(cohort_size(workbench.config), 2) if workbench.backend.fuses_clients else 1
     theta = workbench.initial_theta.repeat(clients, 1)
     noise = make_noise_source(workbench.config.engine.noise, SecretRoot.from_os().numpy("speed"), device)
-    full = [_full_batch(workbench, width) for width in _WIDTHS]
+    widths = _NARROW, min(_WIDE, workbench.classifier.tokenizer.model_max_length)
+    full = [_full_batch(workbench, width) for width in widths]
 
     def gradients(dataset: EncodedDataset) -> object:
         drawn = np.array_split(np.arange(len(dataset)), clients)
@@ -131,15 +132,15 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
     ]
     times = [[_timed(task, clock) for task in tasks] for _ in range(1 + _REPEATS)][1:]  # the first warms up
     *gradient, forwards, releases = (statistics.median(column) for column in zip(*times, strict=True))
-    token, row = _apart(gradient, budget)
+    token, row = _apart(gradient, widths, budget)
     tokens = len(full[-1]) * int(full[-1].lengths[0])
     return Speed(start=start, gradient_token=token, gradient_row=row, forward_token=forwards / tokens, release=releases)
 
 
-def _apart(seconds: list[float], budget: int) -> tuple[float, float]:
+def _apart(seconds: Sequence[float], widths: Sequence[int], budget: int) -> tuple[float, float]:
     """Seconds of a token and of a row that give those of a full micro-batch of either width; never below 0."""
-    (narrow, wide), rows = seconds, [max(2, budget // width) for width in _WIDTHS]
-    tokens = [count * width for count, width in zip(rows, _WIDTHS, strict=True)]
+    (narrow, wide), rows = seconds, [max(2, budget // width) for width in widths]
+    tokens = [count * width for count, width in zip(rows, widths, strict=True)]
     row = (narrow * tokens[1] - wide * tokens[0]) / (rows[0] * tokens[1] - rows[1] * tokens[0])
     row = min(max(row, 0.0), narrow / rows[0])
     return max((wide - rows[1] * row) / tokens[1], 0.0), row
@@ -155,6 +156,7 @@ def _full_batch(workbench: Workbench, width: int) -> EncodedDataset:
         lengths=np.full(count, width),
         labels=draw.integers(0, labels, count) if labels > 1 else draw.normal(size=count).astype(np.float32),
         pad_token_id=0,
+        longest=width,
     )
 
 

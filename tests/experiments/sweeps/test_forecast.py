@@ -121,6 +121,15 @@ def test_nothing_is_left_behind_and_one_model_is_loaded_for_all_cells(
     assert [found.error for found in again] == [""] * len(cells), "what was measured is remembered"
 
 
+@pytest.mark.usefixtures("quick_probe")
+@pytest.mark.parametrize(
+    "settings", [("engine.backend=opacus",), ("engine.token_budget=1",), ("privacy.low_pass=0.5",)]
+)
+def test_a_model_for_short_texts_is_measured_too(tiny_config: MakeConfig, settings: tuple[str, ...]) -> None:
+    (found,) = forecast([cell(tiny_config("privacy.accountant=rdp", *settings, family="roberta"))], Shelf())
+    assert (found.error, found.seconds is None) == ("", False)
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 SEARCH = ("adapter.select=alignment", "adapter.alignment_records=40", "federation.rounds=6")
@@ -189,8 +198,8 @@ def test_chosen_modules_take_a_share_of_the_copies(tiny_config: MakeConfig) -> N
 def test_tokens_and_rows_are_told_apart() -> None:
     budget, token, row = 1024, 2e-4, 5e-4
     seconds = [token * 1024 + row * 128, token * 1024 + row * 16]
-    assert speed_module._apart(seconds, budget) == pytest.approx((token, row))
-    assert speed_module._apart([0.1, 0.2], budget) == pytest.approx((0.2 / 1024, 0.0)), "no less than nothing"
+    assert speed_module._apart(seconds, (8, 64), budget) == pytest.approx((token, row))
+    assert speed_module._apart([0.1, 0.2], (8, 64), budget) == pytest.approx((0.2 / 1024, 0.0)), "no less than nothing"
 
 
 def test_workers_take_the_next_cell_when_they_are_free() -> None:
