@@ -262,7 +262,8 @@ def _run_rounds(
     seconds = earlier + time.perf_counter() - clock
     oversight = oversight_facts(ledger, state.run_id, sites, own_ledger=folder.ledger_file.is_file())
     resumption = resumption_of(ledger, state.run_id, sites, resumed=resumed)
-    progress.finish(_finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption))
+    record = _finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption)
+    progress.finish(to_json(record))
 
 
 def _state_to_go_on_from(folder: RunFolder, workbench: Workbench, sites: Sequence[Site]) -> ServerState:

@@ -49,7 +49,9 @@ def watch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setenv("FORCE_COLOR", "1")
             monkeypatch.setenv("COLUMNS", str(terminal))
         with TerminalProgress() as progress:
-            progress.start(RunConfig().with_overrides(*overrides), folder=Path(), metric="accuracy", num_rounds=11, done=3)
+            progress.start(
+                RunConfig().with_overrides(*overrides), folder=Path(), metric="accuracy", num_rounds=11, done=3
+            )
             progress.round(report(**changes))
         return capfd.readouterr().out
 

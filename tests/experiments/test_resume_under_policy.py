@@ -44,11 +44,13 @@ class Stopping:
 
     after: int = -1
 
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
+    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None: ...
 
     def round(self, report: Any) -> None:
         if report.round == self.after:
             raise KeyboardInterrupt
+
+    def finish(self, record: Any) -> None: ...
 
 
 @dataclass

@@ -290,11 +290,13 @@ class Watching:
     def __init__(self, at: int = -1) -> None:
         self.at = at
 
-    def start(self, config: RunConfig, *, metric: str, num_rounds: int, done: int) -> None: ...
+    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None: ...
 
     def round(self, report: Any) -> None:
         if report.round == self.at:
             raise KeyboardInterrupt
+
+    def finish(self, record: Any) -> None: ...
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ class Silent:
 
     def round(self, report: Any) -> None: ...
 
+    def finish(self, record: Any) -> None: ...
+
 
 @pytest.fixture
 def hospital(

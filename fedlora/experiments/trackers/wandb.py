@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class WeightsAndBiases:
     """Settings as config, rounds as history, result and guarantee as summary.
 
-    A resumed run goes on under the same id; offline, in a second folder that `wandb sync` joins to the first.
+    A resumed run goes on under the same id; offline that is a second folder of this id beside the first.
     """
 
     name = "wandb"
@@ -44,6 +44,7 @@ class WeightsAndBiases:
             reinit="create_new",
             settings=wandb.Settings(
                 silent=True,
+                init_timeout=30,  # a run does not wait longer for a server that is down
                 console="off",
                 disable_code=True,
                 disable_git=True,
