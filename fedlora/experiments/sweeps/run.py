@@ -56,12 +56,18 @@ class SweepRun:
         return [*self.tuning.ready(self.results), *self.sweep.cells(self.tuning.chosen(self.results))]
 
     def to_do(self) -> list[Cell]:
-        """Those of them that are not done, failures of earlier processes among them."""
-        return [cell for cell in self.known_cells() if not self.is_done(cell) and cell.digest not in self.tried]
+        """Those of them that are not done. A cell that failed in an earlier process is tried again; a trial is not.
+
+        It counts as tried, and cells may rest on the choice that was made without it.
+        """
+        return [cell for cell in self.known_cells() if not self._is_settled(cell) and cell.digest not in self.tried]
 
     def is_done(self, cell: Cell) -> bool:
         run = self.results.get(cell.digest)
         return run is not None and run.status == "done"
+
+    def _is_settled(self, cell: Cell) -> bool:
+        return cell.digest in self.results if cell.role == "trial" else self.is_done(cell)
 
     def go(self, workers: Workers, watcher: Watcher) -> None:
         """Run what is not done; a cell that fails is stored as failed and stops no other.

@@ -198,6 +198,8 @@ class Sweep:
             taken = next((a.name for a in self.axes if any(name in linked for linked in a.values.values())), None)
             if taken:
                 raise ConfigError(f"--set {override}: the sweep's axis {taken} decides {name}; change it in the sweep")
+            if name in flattened(_table(self.tune, "space"), "tune.space"):
+                raise ConfigError(f"--set {override}: [tune] of the sweep chooses {name}; take it out of [tune.space]")
             base[name] = value
         return dataclasses.replace(self, base=base)
 

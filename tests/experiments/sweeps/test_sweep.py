@@ -143,5 +143,8 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, text: str, message: str) ->
 def test_an_override_does_not_undo_an_axis(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set privacy.epsilon=3: the sweep's axis privacy.epsilon decides"):
         read(tmp_path, SWEEP, "privacy.epsilon=3")
+    tuned = SWEEP + '[tune]\nper = ["task"]\n[tune.space]\nadapter.rank = [4, 8]\n'
+    with pytest.raises(ConfigError, match=r"--set adapter.rank=4: \[tune\] of the sweep chooses adapter.rank"):
+        read(tmp_path, tuned, "adapter.rank=4")
     with pytest.raises(ConfigError, match=r"unknown key federation.round in --set"):
         read(tmp_path, SWEEP, "federation.round=3")
