@@ -369,6 +369,7 @@ def test_a_private_evaluation_is_shown_by_what_it_released() -> None:
     }
 
 
+@pytest.mark.filterwarnings("default")  # of its database
 def test_with_mlflow_itself(tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -379,6 +380,7 @@ def test_with_mlflow_itself(tmp_path: Path, tiny_config: TinyConfig, monkeypatch
     assert [metric.step for metric in client.get_metric_history(run_id, "accuracy")] == [0, 2]
 
 
+@pytest.mark.filterwarnings("default")
 def test_with_wandb_itself(tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
