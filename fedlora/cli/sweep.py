@@ -32,6 +32,9 @@ def sweep(
     threads: Annotated[int, typer.Option(help="CPU threads of each cell", min=1)] = 1,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that runs the cells")] = None,
     ray_gpus: Annotated[float, typer.Option(help="GPUs of a cell on the Ray cluster, or a share of one", min=0)] = 0,
+    track: Annotated[
+        list[str] | None, typer.Option(help="also show the cells to tensorboard, mlflow or wandb; repeatable")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the cells, their noise and the time they would take")
     ] = False,
@@ -40,6 +43,7 @@ def sweep(
     from fedlora.experiments.sweeps.folder import SweepFolder
     from fedlora.experiments.sweeps.sweep import Sweep
     from fedlora.experiments.sweeps.tuning import Tuning
+    from fedlora.experiments.trackers import open_trackers
 
     if ray is not None and workers is not None:
         raise ConfigError("--ray and --workers: the cluster decides how many cells run at once; leave --workers out")
@@ -48,16 +52,17 @@ def sweep(
     if dry_run:
         _print_forecast(cells, tuning, workers)
         return
-    folder = SweepFolder.create(out or Path("runs") / file.stem, asked)
+    open_trackers(track or [])
+    path = out or Path("runs") / file.stem
     settings = [part for override in overrides or [] for part in ("--set", override)]
-    again = shlex.join(["fedlora", "sweep", str(file), *settings, "--out", str(folder.path)])
-    with folder.claimed(), _start_workers(workers, threads, ray, ray_gpus) as running:
-        done, failed = _run(asked, folder, running, again)
-    if done:
-        _report(folder.path)
+    again = shlex.join(["fedlora", "sweep", str(file), *settings, "--out", str(path)])
+    with SweepFolder.claimed(path, asked) as folder, _start_workers(workers, threads, ray, ray_gpus) as running:
+        done, failed = _run(asked, folder, running, track or [], again)
+        if done:
+            _report(path)
     if failed:
         raise FedloraError(
-            f"{failed} of {done + failed} cells failed; `fedlora runs list {shlex.quote(str(folder.path))} --status "
+            f"{failed} of {done + failed} cells failed; `fedlora runs list {shlex.quote(str(path))} --status "
             f"failed` says why, and {again} tries them again"
         )
 
@@ -77,7 +82,7 @@ def _start_workers(
     return LocalWorkers(workers or accelerators or max(1, cores // threads), threads=threads, accelerators=accelerators)
 
 
-def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, again: str) -> tuple[int, int]:
+def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], again: str) -> tuple[int, int]:
     """Run what is not done.
 
     Returns:
@@ -91,7 +96,7 @@ def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, again: str) -> tup
     from fedlora.experiments.sweeps.run import SweepRun
 
     with Store.create(folder.path) as store:
-        running = SweepRun.open(sweep, folder, store)
+        running = SweepRun.open(sweep, folder, store, track)
         try:
             with SweepProgress() as progress:
                 running.go(workers, progress)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import tomli_w
 
@@ -28,23 +28,28 @@ class SweepFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, sweep: Sweep) -> Self:
+    @contextmanager
+    def claimed(cls, path: Path, sweep: Sweep) -> Iterator[Self]:
         """The folder for `sweep`, new, or that of the same sweep before, or of a smaller one.
 
+        No other process can run a sweep in it meanwhile; a claim ends with its process, however that ends.
+
         Raises:
-            RunFolderError: the folder holds something else, or a sweep whose cells are others; nothing is changed.
+            RunFolderError: the folder holds something else, or a sweep whose cells are others, or another process has
+                it; nothing is changed.
         """
         folder = cls(path)
-        try:
-            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-            if taken:
+        with ExitStack() as claim:
+            try:
                 folder._check_same(sweep)
-            path.mkdir(parents=True, exist_ok=True)
-            replace_file(folder.sweep_file, tomli_w.dumps(sweep.to_mapping()).encode())
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = getattr(error, "strerror", None) or str(error)
-            raise RunFolderError(f"cannot make sweep folder {path}: {reason}; choose another with --out") from error
-        return folder
+                path.mkdir(parents=True, exist_ok=True)
+                _lock(claim.enter_context((path / ".claim").open("w")), path)
+                folder._check_same(sweep)  # again: another process may have made it meanwhile
+                replace_file(folder.sweep_file, tomli_w.dumps(sweep.to_mapping()).encode())
+            except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+                reason = getattr(error, "strerror", None) or str(error)
+                raise RunFolderError(f"cannot make sweep folder {path}: {reason}; choose another with --out") from error
+            yield folder
 
     def read_sweep(self) -> Sweep:
         """The sweep as resolved.
@@ -57,22 +62,6 @@ class SweepFolder:
         except ConfigError as error:
             raise RunFolderError(f"cannot read the sweep in {self.path}: {error}") from error
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes from running this sweep meanwhile; a claim ends with its process, however that ends.
-
-        Raises:
-            RunFolderError: another process has it.
-        """
-        with (self.path / ".claim").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunFolderError(
-                    f"another process runs the sweep in {self.path}; wait for it, or stop it first"
-                ) from error
-            yield
-
     @property
     def sweep_file(self) -> Path:
         return self.path / "sweep.toml"
@@ -83,6 +72,8 @@ class SweepFolder:
     def _check_same(self, sweep: Sweep) -> None:
         """Refuse to mix cells that only look alike: those of one label have one meaning in a folder."""
         if not self.sweep_file.is_file():
+            if not self.path.exists() or (self.path.is_dir() and not any(_foreign(self.path))):
+                return
             raise RunFolderError(f"{self.path} is not empty and no sweep's folder; choose another with --out")
         earlier = self.read_sweep()
         if (difference := _difference(earlier, sweep)) is not None:
@@ -90,6 +81,18 @@ class SweepFolder:
                 f"{self.path} holds a sweep with {difference}; choose another with --out "
                 "(labels and values can be added to the axes of a sweep, and nothing else be changed)"
             )
+
+
+def _foreign(path: Path) -> Iterator[Path]:
+    """What a kill right after a folder was made cannot have left."""
+    return (entry for entry in path.iterdir() if entry.name not in (".claim", "sweep.partial"))
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunFolderError(f"another process runs the sweep in {path}; wait for it, or stop it first") from error
 
 
 def _difference(earlier: Sweep, sweep: Sweep) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -40,14 +41,22 @@ class SweepRun:
     tuning: Tuning | None
     results: dict[str, StoredRun]
     """What is known of cells, by their digest."""
+    trackers: tuple[str, ...] = ()
+    """That every cell is shown to, by name."""
     tried: set[str] = field(default_factory=set)
     """Digests of the cells that this process has run: one that fails is not tried again at once."""
 
     @classmethod
-    def open(cls, sweep: Sweep, folder: SweepFolder, store: Store) -> SweepRun:
+    def open(cls, sweep: Sweep, folder: SweepFolder, store: Store, trackers: Sequence[str] = ()) -> SweepRun:
         """With what an earlier process has left."""
-        results = {run.digest: run for run in store.runs()}
-        return cls(sweep=sweep, folder=folder, store=store, tuning=Tuning.of(sweep), results=results)
+        return cls(
+            sweep=sweep,
+            folder=folder,
+            store=store,
+            tuning=Tuning.of(sweep),
+            results={run.digest: run for run in store.runs()},
+            trackers=tuple(trackers),
+        )
 
     def known_cells(self) -> list[Cell]:
         """Those whose settings are known by now: trials, and the cells whose trials have ended."""
@@ -90,7 +99,8 @@ class SweepRun:
     def _run(self, cells: list[Cell], workers: Workers, watcher: Watcher) -> None:
         jobs = {self.folder.run_folder(cell).absolute(): cell for cell in cells}
         waiting = dict(jobs)
-        for answer in workers.run([Job(config=cell.config, folder=path) for path, cell in jobs.items()]):
+        work = [Job(config=cell.config, folder=path, trackers=self.trackers) for path, cell in jobs.items()]
+        for answer in workers.run(work):
             if answer is None:
                 watcher.look(sum(_progress(RunFolder(path), cell) for path, cell in waiting.items()))
                 continue

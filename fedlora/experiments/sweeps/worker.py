@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ class Job:
     config: RunConfig
     folder: Path
     """Of its run, absolute; every worker must see it."""
+    trackers: tuple[str, ...] = ()
+    """That its rounds are shown to, by name."""
 
 
 def serve(jobs: Connection, threads: int, accelerator: str | None) -> None:
@@ -77,15 +80,20 @@ class Worker:
 
     def _run(self, job: Job, folder: RunFolder) -> None:
         from fedlora.experiments.simulate import resume, simulate
+        from fedlora.experiments.trackers import open_trackers
+        from fedlora.experiments.trackers.tracker import Tracked
         from fedlora.federation.shelf import Shelf
 
+        def warn(text: str) -> None:
+            sys.stderr.write(f"fedlora: {job.folder.name}: {text}\n")
+
         self._shelf = self._shelf or Shelf()
-        if folder.config_file.exists():
-            resume(job.folder, Unwatched(), shelf=self._shelf)
-        else:
-            _remove_empty_start(job.folder)
-            config = RunConfig.from_mapping(_at(job.config, job.folder))
-            simulate(config, Unwatched(), shelf=self._shelf)
+        with Tracked(Unwatched(), open_trackers(job.trackers), warn) as progress:
+            if folder.config_file.exists():
+                resume(job.folder, progress, shelf=self._shelf)
+            else:
+                _remove_empty_start(job.folder)
+                simulate(RunConfig.from_mapping(_at(job.config, job.folder)), progress, shelf=self._shelf)
 
 
 class Unwatched:

@@ -81,7 +81,7 @@ class _Process:
 
     def _do(self, job: Job) -> str:
         try:
-            process, jobs = self._running or self._start()
+            _, jobs = self._running or self._start()
             jobs.send(job)
             error: str = jobs.recv()
         except (EOFError, OSError):

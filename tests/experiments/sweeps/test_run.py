@@ -62,8 +62,7 @@ class Log:
 
 def go(file: Path, out: Path, workers: Workers, log: Log | None = None) -> dict[str, StoredRun]:
     sweep = Sweep.from_toml(file)
-    folder = SweepFolder.create(out, sweep)
-    with folder.claimed(), Store.create(out) as store:
+    with SweepFolder.claimed(out, sweep) as folder, Store.create(out) as store:
         running = SweepRun.open(sweep, folder, store)
         running.go(workers, log or Log())
         return {run.digest: run for run in store.runs()}
@@ -203,8 +202,8 @@ def test_a_damaged_record_fails_its_cell_and_no_other(whole: tuple[Path, dict[st
 def test_what_a_kill_left_of_a_folder_without_a_config_is_no_obstacle(tiny_config: Any, tmp_path: Path) -> None:
     file = make_file(tiny_config, tmp_path, "")
     (cell,) = Sweep.from_toml(file).cells()
-    left = tmp_path / "out" / cell.folder / "config.partial"
-    SweepFolder.create(tmp_path / "out", Sweep.from_toml(file))
+    with SweepFolder.claimed(tmp_path / "out", Sweep.from_toml(file)):
+        left = tmp_path / "out" / cell.folder / "config.partial"
     left.parent.mkdir(parents=True)
     left.write_text("[model]\nna")
     assert {run.status for run in go(file, tmp_path / "out", Here()).values()} == {"done"}
@@ -252,16 +251,19 @@ def test_a_folder_takes_no_other_sweep(
     out, _ = whole
     before = (out / "sweep.toml").read_text()
     other = Sweep.from_toml(make_file(tiny_config, tmp_path, text, *settings))
-    with pytest.raises(RunFolderError, match=message):
-        SweepFolder.create(out, other)
+    with pytest.raises(RunFolderError, match=message), SweepFolder.claimed(out, other):
+        pass
     assert (out / "sweep.toml").read_text() == before
 
 
 def test_a_label_keeps_its_meaning(tiny_config: Any, tmp_path: Path) -> None:
     text = "[axes.method]\na = {{}}\nb = {{ adapter.rank = {} }}\n"
-    SweepFolder.create(tmp_path / "out", Sweep.from_toml(make_file(tiny_config, tmp_path, text.format(2))))
-    with pytest.raises(RunFolderError, match="other settings for method b"):
-        SweepFolder.create(tmp_path / "out", Sweep.from_toml(make_file(tiny_config, tmp_path, text.format(3))))
+    first, other = (Sweep.from_toml(make_file(tiny_config, tmp_path, text.format(rank))) for rank in (2, 3))
+    with SweepFolder.claimed(tmp_path / "out", first):
+        pass
+    refusal = pytest.raises(RunFolderError, match="other settings for method b")
+    with refusal, SweepFolder.claimed(tmp_path / "out", other):
+        pass
 
 
 @pytest.mark.parametrize("what", ["file", "full folder"])
@@ -272,17 +274,20 @@ def test_what_is_no_sweeps_folder_is_left_as_it_is(tiny_config: Any, tmp_path: P
     else:
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="no sweep's folder; choose another with --out"):
-        SweepFolder.create(out, sweep)
+    refusal = pytest.raises(RunFolderError, match="no sweep's folder; choose another with --out")
+    with refusal, SweepFolder.claimed(out, sweep):
+        pass
     assert (out if what == "file" else out / "thesis.txt").read_text() == "mine"
 
 
 def test_two_processes_do_not_run_one_sweep(whole: tuple[Path, dict[str, StoredRun]]) -> None:
-    folder = SweepFolder(whole[0])
-    with folder.claimed(), pytest.raises(RunFolderError, match="another process runs the sweep"), folder.claimed():
+    out, _ = whole
+    sweep = Sweep.from_toml(out.parent / "sweep.toml")
+    refusal = pytest.raises(RunFolderError, match="another process runs the sweep")
+    with SweepFolder.claimed(out, sweep), refusal, SweepFolder.claimed(out, sweep):
         pass
-    with folder.claimed():
-        pass
+    with SweepFolder.claimed(out, sweep) as folder:
+        assert folder.read_sweep() == sweep
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
