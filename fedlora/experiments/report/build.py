@@ -16,6 +16,7 @@ from fedlora.experiments.report.tables import tables_text
 LISTED = ".fedlora-report"
 """Names of all files of a report, one a line: what a later one may replace."""
 PAGE = "report.html"
+_KINDS = (".csv", ".html", ".md", ".png", ".svg")
 
 
 def build_report(folder: Path, out: Path) -> Path:
@@ -67,7 +68,7 @@ def _earlier(out: Path) -> set[str]:
             "choose an empty folder with --out, or empty this one"
         )
     lines = (out / LISTED).read_text(encoding="utf-8", errors="replace").splitlines()
-    return {line for line in lines if line and Path(line).name == line}
+    return {line for line in lines if Path(line).name == line and Path(line).suffix in _KINDS}
 
 
 def _replace(made: Path, out: Path, earlier: set[str]) -> None:

@@ -38,8 +38,7 @@ def csv_files(results: Results) -> dict[str, str]:
 
 def runs_csv(results: Results) -> str:
     """One row per run that is no trial, whether it is in a table or not."""
-    left = [("failed", entry) for entry in results.failed] + [("unread", entry) for entry in results.unread]
-    return _csv(_RUN, [*map(_run, results.runs), *(_left(status, entry) for status, entry in left)])
+    return _csv(_RUN, [*map(_run, results.runs), *map(_left, results.left)])
 
 
 def _metric(cell: Cell) -> list[Any]:
@@ -74,8 +73,8 @@ def _run(run: ReportedRun) -> list[Any]:
     ]
 
 
-def _left(status: str, entry: Left) -> list[Any]:
-    row = dict.fromkeys(_RUN, "") | {"folder": entry.folder, "role": entry.role, "status": status}
+def _left(entry: Left) -> list[Any]:
+    row = dict.fromkeys(_RUN, "") | {"folder": entry.folder, "role": entry.role, "status": entry.kind}
     return list((row | {"label": entry.name, "error": entry.why}).values())
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.errors import StoreError
 from fedlora.experiments.record import guarantee_of
@@ -20,6 +20,8 @@ from fedlora.privacy.units import Guarantee
 
 TASK_AXES, EPSILON_AXIS, SEED_AXIS = ("task", "data.task"), "privacy.epsilon", "run.seed"
 SWEEP_FILE = "sweep.toml"
+Kind = Literal["failed", "unfinished", "unreadable"]
+KINDS: tuple[Kind, ...] = ("failed", "unfinished", "unreadable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class ReportedRun:
 class Left:
     """A run that is in no table, and why."""
 
+    kind: Kind
     folder: str
     role: str
     name: str
@@ -80,8 +83,7 @@ class Results:
     Attributes:
         axis: what is compared, in words.
         epsilons: ascending, infinity last.
-        failed: runs that ended with an error.
-        unread: runs whose record lacks what a table needs.
+        left: runs that failed, have not ended, or whose record lacks what a table needs.
         num_trials: runs that looked for settings; in no table.
     """
 
@@ -91,8 +93,7 @@ class Results:
     labels: tuple[str, ...]
     baseline: str
     epsilons: tuple[float, ...]
-    failed: tuple[Left, ...]
-    unread: tuple[Left, ...]
+    left: tuple[Left, ...]
     num_trials: int
 
     def of(self, task: str, label: str | None = None, epsilon: float | None = None) -> list[ReportedRun]:
@@ -119,18 +120,16 @@ def read_results(place: Path) -> Results:
     sweep = Sweep.from_toml(folder / SWEEP_FILE) if (folder / SWEEP_FILE).is_file() else None
     axis, baseline, orders = _comparison(kept, sweep)
     done: list[ReportedRun] = []
-    failed: list[Left] = []
-    unread: list[Left] = []
+    left: list[Left] = []
     for run in kept:
-        why = run.error or ("" if run.record else "it has no record")
-        read = why or _read(run, axis)
+        read = _read(run, axis)
         if isinstance(read, ReportedRun):
             done.append(read)
         else:
-            (failed if run.error else unread).append(_left(run, read))
+            left.append(read)
     shown = [run for run in done if run.role != "trial"]
     if not shown:
-        raise StoreError(_nothing(folder / FILE_NAME, failed, unread))
+        raise StoreError(_nothing(folder / FILE_NAME, left))
     labels = _ordered({run.label for run in shown}, orders.get(axis, ()))
     return Results(
         runs=tuple(sorted(shown, key=lambda run: (natural(run.seed), run.folder))),
@@ -139,8 +138,7 @@ def read_results(place: Path) -> Results:
         labels=labels,
         baseline=clean(baseline) or labels[0],
         epsilons=tuple(sorted({run.epsilon for run in shown})),
-        failed=tuple(failed),
-        unread=tuple(unread),
+        left=tuple(sorted(left, key=lambda run: (KINDS.index(run.kind), run.folder))),
         num_trials=sum(run.role == "trial" for run in kept),
     )
 
@@ -187,12 +185,16 @@ def _ordinary(axis: str) -> bool:
     return axis not in (*TASK_AXES, EPSILON_AXIS, SEED_AXIS)
 
 
-def _read(run: StoredRun, axis: str) -> ReportedRun | str:
-    """The run on its place, or what its record lacks."""
+def _read(run: StoredRun, axis: str) -> ReportedRun | Left:
+    """The run on its place, or why it has none."""
+    if run.status != "done":
+        done = f"{len(run.rounds)} rounds are done; run the sweep again, and it goes on"
+        return _left(run, "failed", run.error) if run.error else _left(run, "unfinished", done)
     record = run.record if isinstance(run.record, Mapping) else {}
     epsilon, value = number(found(record, "config", "privacy", "epsilon")), number(found(record, "metric", "value"))
     if epsilon is None or value is None or math.isinf(value):
-        return f"its record has no {'config.privacy.epsilon' if epsilon is None else 'metric.value'}"
+        missing = "config.privacy.epsilon" if epsilon is None else "metric.value"
+        return _left(run, "unreadable", f"its record has no {missing}")
     config = record["config"]
     guarantee = _guarantee(record)
     task = next((run.axes[name] for name in TASK_AXES if name in run.axes), found(config, "data", "task"))
@@ -248,9 +250,9 @@ def _curve(rounds: Sequence[Any]) -> Iterable[tuple[int, float]]:
             yield int(place), value
 
 
-def _left(run: StoredRun, why: str) -> Left:
+def _left(run: StoredRun, kind: Kind, why: str) -> Left:
     name = ", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in run.axes.items())
-    return Left(folder=clean(run.folder, 1000), role=run.role, name=clean(name), why=clean(why, 500))
+    return Left(kind=kind, folder=clean(run.folder, 1000), role=run.role, name=clean(name), why=clean(why, 500))
 
 
 def _ordered(seen: set[str], order: Sequence[str]) -> tuple[str, ...]:
@@ -259,11 +261,11 @@ def _ordered(seen: set[str], order: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(seen, key=lambda name: (places.get(name.split(", ")[0], len(places)), natural(name))))
 
 
-def _nothing(store: Path, failed: Sequence[Left], unread: Sequence[Left]) -> str:
-    first = next(iter((*failed, *unread)), None)
-    if first is None:
+def _nothing(store: Path, left: Sequence[Left]) -> str:
+    if not left:
         return f"{store} holds no run that is done; let `fedlora sweep` finish one, then ask for the report"
+    counts = ", ".join(f"{sum(run.kind == kind for run in left)} {kind}" for kind in KINDS)
     return (
-        f"{store} holds no run that can be reported: {len(failed)} failed, {len(unread)} have no usable record; "
-        f"the first, {first.folder}: {first.why}; mend that and run the sweep again"
+        f"{store} holds no run that can be reported: {counts}; "
+        f"the first, {left[0].folder}: {left[0].why}; mend that and run the sweep again"
     )

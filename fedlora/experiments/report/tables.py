@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
-from fedlora.experiments.report.results import Left, Results
+from fedlora.experiments.report.results import KINDS, Left, Results
 from fedlora.experiments.report.statistics import CONFIDENCE
 from fedlora.experiments.report.tuning import tunings_of
 from fedlora.experiments.report.words import (
@@ -71,11 +71,8 @@ def cost_row(cell: Cell) -> tuple[str, str, str, str, str]:
 
 def left_out(results: Results) -> list[tuple[str, Sequence[Left]]]:
     """What is in no table: a line that says so, and the runs."""
-    return [
-        (f"{len(entries)} {why}", entries)
-        for why, entries in (("failed", results.failed), ("could not be read", results.unread))
-        if entries
-    ]
+    grouped = {kind: [run for run in results.left if run.kind == kind] for kind in KINDS}
+    return [(f"{len(runs)} {kind}", runs) for kind, runs in grouped.items() if runs]
 
 
 def _metric_table(results: Results, cells: Sequence[Cell]) -> str:

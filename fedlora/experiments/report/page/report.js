@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs.map((row, place) => Object.fromEntries([["place", place], ...FIELDS.map((name, at) => [name, row[at]])]));
   const card = document.getElementById("card");
-  const COLOURS = 8, HEIGHT = 300, LEFT = 54, RIGHT = 14, TOP = 12, BOTTOM = 42;
+  const COLOURS = 8, HEIGHT = 300, LEFT = 54, RIGHT = 14, TOP = 22, BOTTOM = 42;
   let pinned = null;
 
   // ------------------------------------------------------------------------------------------------- small tools
@@ -126,7 +126,7 @@
     if (values.at(-1) === null) {
       const from = x(end - margin);
       svg("rect", { class: "none", x: from, y: TOP, width: x(end + margin) - from, height: height - TOP - BOTTOM }, canvas);
-      svg("text", { x: x(end), y: TOP + 12, "text-anchor": "middle" }, canvas, "no privacy");
+      svg("text", { x: x(end), y: TOP - 7, "text-anchor": "middle" }, canvas, "no privacy");
     }
     for (const e of here) svg("text", { x: x(where.get(e)), y: height - BOTTOM + 17, "text-anchor": "middle" }, canvas, data.epsilons[e].text);
     const points = [];
@@ -156,8 +156,14 @@
     const scale = most >= 1e9 ? [1e9, "GB"] : most >= 1e6 ? [1e6, "MB"] : most >= 1e3 ? [1e3, "kB"] : [1, "B"];
     const { found, digits } = ticks(0, (most * 1.04) / scale[0]);
     for (const value of found) svg("text", { x: x(value * scale[0]), y: height - BOTTOM + 17, "text-anchor": "middle" }, canvas, `${value.toFixed(digits)}${value ? ` ${scale[1]}` : ""}`);
-    addRuns(canvas, known.map((run) => ({ run, x: x(run.bytes), y: y(run.value), r: 4.5 })));
-    html("p", place, "One mark a run; its record tells its ε.", { className: "note" });
+    addRuns(canvas, known.map((run) => ({ run, x: x(run.bytes), y: y(run.value), r: 4.5, fill: fillOf(run) })));
+    html("p", place, "One mark a run: the paler, the smaller its ε; hollow: no privacy.", { className: "note" });
+  }
+
+  /** Opacity that tells ε, as in the figures. */
+  function fillOf(run) {
+    const finite = data.epsilons.filter((epsilon) => epsilon.value !== null).length;
+    return data.epsilons[run.epsilon].value === null ? 0 : (run.epsilon + 1) / finite;
   }
 
   function drawRounds(place, seen, labels) {
@@ -186,12 +192,12 @@
   /** Marks of runs: one stop for the Tab key a chart, arrow keys from there. */
   function addRuns(canvas, points) {
     points.sort((a, b) => a.x - b.x || b.y - a.y);
-    const marks = points.map(({ run, x, y, r }) => {
+    const marks = points.map(({ run, x, y, r, fill = 0.35 }) => {
       const task = data.tasks[run.task];
       const words = `${data.labels[run.label]}, ε = ${data.epsilons[run.epsilon].text}, seed ${run.seed}: ${task.metric} ${run.value.toFixed(4)}`;
       const group = svg("g", { class: `run ${colour(run.label)}`, tabindex: -1, role: "button", "aria-label": words, "data-run": run.place }, canvas);
       svg("circle", { class: "reach", cx: x, cy: y, r: 9 }, group);
-      svg("path", { d: mark(run.label, x, y, r) }, group);
+      svg("path", { d: mark(run.label, x, y, r) }, group).style.setProperty("--fill", fill);
       return group;
     });
     if (marks.length) marks[0].setAttribute("tabindex", 0);
