@@ -86,7 +86,11 @@ def run_cell(task: str, variant: str, epsilon: str, seed: int, settings: Sequenc
 
 
 def smaller_copy(source: Path, folder: Path) -> Path:
-    """The real tasks of `source` with at most MOST_RECORDS training records each, as a folder of the same kind."""
+    """The real tasks of `source` with at most MOST_RECORDS training records each, as a folder of the same kind.
+
+    Not `data.train_share`, which takes other records: what is in RESULTS was made of these, and is compared with what
+    is added.
+    """
     for settings in TASKS.values():
         task = settings[0].partition("=")[2]
         (folder / task).mkdir(exist_ok=True)
