@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,10 +58,12 @@ def list_runs(
         typer.echo(json.dumps(to_json(rows), indent=1))
     elif as_csv:
         typer.echo(_csv(rows), nl=False)
-    elif not rows:
-        typer.echo(f"none of the {known} runs in {folder} is like that" if known else f"no runs in {folder} yet")
     else:
-        _print_table(rows)
+        if rows:
+            _print_table(rows)
+        else:
+            typer.echo(f"none of the {known} runs in {folder} is like that" if known else f"no runs in {folder} yet")
+        _print_sweeps(folder)
 
 
 @runs.command()
@@ -152,6 +155,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     """A line for each run, whatever reads it; what a narrow terminal has no room for is in `fedlora runs show`."""
     from rich.console import Console
 
+    from fedlora.experiments.terminal import one_line
+
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 10_000
@@ -160,6 +165,15 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if console.measure(_table(columns), options=unlimited).maximum > console.width:
             del columns[name]
     console.print(_table(columns))
+    for row, name in zip(rows, columns["run"], strict=True):
+        if row["error"]:
+            typer.echo(f"{name} failed: {one_line(row['error'], 1000)}")
+
+
+def _print_sweeps(folder: Path) -> None:
+    """Where else runs are: a sweep keeps its own."""
+    for sweep in sorted(folder.glob("*/sweep.toml")):
+        typer.echo(f"a sweep: fedlora runs list {shlex.quote(str(sweep.parent))}")
 
 
 def _table(columns: dict[str, list[str]]) -> Table:

@@ -147,6 +147,17 @@ def test_an_empty_folder_and_an_empty_answer_are_said(tmp_path: Path, folder: Pa
     assert runs("list", folder, "--task", "cola") == (0, f"none of the 4 runs in {folder} is like that\n", "")
 
 
+def test_why_a_run_failed_and_where_sweeps_keep_theirs_stands_below(folder: Path, runs: Runs) -> None:
+    with Store.create(folder) as store:
+        store.put(StoredRun(folder="broken", digest="", error="no\x1b[2J such\nfile"))
+    (folder / "my sweep").mkdir()
+    (folder / "my sweep" / "sweep.toml").touch()
+    *_, failed, sweep = runs("list", folder).out.splitlines()
+    assert failed == "broken failed: no [2J such file"
+    assert sweep == f"a sweep: fedlora runs list '{folder}/my sweep'"
+    assert len(json.loads(runs("list", folder, "--json").out)) == 5, "and programs get the list alone"
+
+
 def test_a_corrupt_record_is_named_and_the_rest_is_listed(folder: Path, runs: Runs) -> None:
     (folder / "rte" / "record.json").write_text('{"schema_version": 1, ')
     said = runs("list", folder)
