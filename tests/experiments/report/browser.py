@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -26,29 +27,31 @@ class Browser:
     """One page. `console` and `requests` collect what it said and asked for."""
 
     def __init__(self, program: str) -> None:
-        self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0")
-        self._process = subprocess.Popen(
-            [program, *options, f"--user-data-dir={self._home.name}", "about:blank"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        self._socket = connect(self._page_address(), max_size=None)
-        self._number = 0
+        self._program, self._stack, self._number = program, contextlib.ExitStack(), 0
         self.console: list[str] = []
         self.requests: list[str] = []
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.send(f"{domain}.enable")
 
-    def _page_address(self) -> str:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if found := re.search(r"DevTools listening on ws://([^/]+)/", line):
-                with urllib.request.urlopen(f"http://{found[1]}/json") as answer:
-                    pages = [page for page in json.load(answer) if page["type"] == "page"]
-                return str(pages[0]["webSocketDebuggerUrl"])
-        raise AssertionError("Chromium ended before it listened")
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            home = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0")
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [self._program, *options, f"--user-data-dir={home}", "about:blank"],
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                )
+            )
+            stack.callback(process.terminate)
+            self._socket = stack.enter_context(connect(_page_address(process), max_size=None))
+            for domain in ("Page", "Runtime", "Network", "Log"):
+                self.send(f"{domain}.enable")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
@@ -101,13 +104,12 @@ class Browser:
     def picture(self) -> bytes:
         return base64.b64decode(self.send("Page.captureScreenshot")["data"])
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-        self._home.cleanup()
+def _page_address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"DevTools listening on ws://([^/]+)/", line):
+            with urllib.request.urlopen(f"http://{found[1]}/json") as answer:
+                pages = [page for page in json.load(answer) if page["type"] == "page"]
+            return str(pages[0]["webSocketDebuggerUrl"])
+    raise AssertionError("Chromium ended before it listened")

@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs.map((row, place) => Object.fromEntries([["place", place], ...FIELDS.map((name, at) => [name, row[at]])]));
   const card = document.getElementById("card");
-  const COLOURS = 8, HEIGHT = 300, LEFT = 54, RIGHT = 14, TOP = 22, BOTTOM = 42;
+  const COLOURS = 8, HEIGHT = 300, LEFT = 54, RIGHT = 14, TOP = 22, BOTTOM = 42, REACH = 16;
   let pinned = null;
 
   // ------------------------------------------------------------------------------------------------- small tools
@@ -196,7 +196,6 @@
       const task = data.tasks[run.task];
       const words = `${data.labels[run.label]}, ε = ${data.epsilons[run.epsilon].text}, seed ${run.seed}: ${task.metric} ${run.value.toFixed(4)}`;
       const group = svg("g", { class: `run ${colour(run.label)}`, tabindex: -1, role: "button", "aria-label": words, "data-run": run.place }, canvas);
-      svg("circle", { class: "reach", cx: x, cy: y, r: 9 }, group);
       svg("path", { d: mark(run.label, x, y, r) }, group).style.setProperty("--fill", fill);
       return group;
     });
@@ -217,9 +216,25 @@
         card.querySelector("a, button").focus();
       }
     });
-    canvas.addEventListener("click", (event) => event.target.closest(".run") && pin(event.target.closest(".run")));
-    for (const kind of ["pointerover", "focusin"]) canvas.addEventListener(kind, (event) => !pinned && event.target.closest(".run") && show(event.target.closest(".run")));
-    for (const kind of ["pointerout", "focusout"]) canvas.addEventListener(kind, () => !pinned && (card.hidden = true));
+    const nearest = (event) => {
+      const box = canvas.getBoundingClientRect(), scale = canvas.viewBox.baseVal.width / box.width;
+      const far = points.map(({ x, y }) => Math.hypot((event.clientX - box.left) * scale - x, (event.clientY - box.top) * scale - y));
+      const at = far.indexOf(Math.min(...far));
+      return far[at] < REACH ? marks[at] : null; // marks may overlap: the nearest is meant, not the uppermost
+    };
+    canvas.addEventListener("click", (event) => nearest(event) && pin(nearest(event)));
+    canvas.addEventListener("pointermove", (event) => {
+      const near = nearest(event);
+      canvas.style.cursor = near ? "pointer" : "";
+      for (const other of canvas.querySelectorAll(".near")) if (other !== near) other.classList.remove("near");
+      if (pinned) return;
+      if (!near) return void (card.hidden = true);
+      if (!near.classList.contains("near") || card.hidden) show(near);
+      near.classList.add("near");
+    });
+    canvas.addEventListener("pointerleave", () => !pinned && (card.hidden = true));
+    canvas.addEventListener("focusin", (event) => !pinned && show(event.target.closest(".run")));
+    canvas.addEventListener("focusout", () => !pinned && (card.hidden = true));
   }
 
   // ------------------------------------------------------------------------------------- the record of one run
@@ -296,7 +311,7 @@
       });
   for (const button of document.querySelectorAll("[data-sort]")) button.addEventListener("click", () => sort(button));
   document.addEventListener("keydown", (event) => event.key === "Escape" && !card.hidden && dismiss());
-  document.addEventListener("click", (event) => pinned && !event.target.closest("#card, .run") && close());
+  document.addEventListener("click", (event) => pinned && !event.target.closest("#card, .chart svg") && close());
   if (matchMedia("(max-width: 40rem)").matches) document.querySelector(".filters details").open = false;
   let width = innerWidth;
   addEventListener("resize", () => innerWidth !== width && ((width = innerWidth), apply()));
