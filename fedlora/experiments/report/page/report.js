@@ -201,7 +201,7 @@
     });
     if (marks.length) marks[0].setAttribute("tabindex", 0);
     canvas.addEventListener("keydown", (event) => {
-      const at = marks.indexOf(event.target.closest(".run"));
+      const at = marks.indexOf(event.target);
       const next = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, Home: 0, End: marks.length - 1 }[event.key];
       if (at < 0) return;
       if (next !== undefined) {
@@ -233,7 +233,7 @@
       near.classList.add("near");
     });
     canvas.addEventListener("pointerleave", () => !pinned && (card.hidden = true));
-    canvas.addEventListener("focusin", (event) => !pinned && show(event.target.closest(".run")));
+    canvas.addEventListener("focusin", ({ target }) => !pinned && marks.includes(target) && show(target));
     canvas.addEventListener("focusout", () => !pinned && (card.hidden = true));
   }
 
