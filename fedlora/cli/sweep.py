@@ -50,7 +50,7 @@ def sweep(
     asked = Sweep.from_toml(file, overrides or [])
     cells, tuning = asked.cells(), Tuning.of(asked)  # all of them now, so that no mistake waits for the last
     if dry_run:
-        _print_forecast(cells, tuning, workers)
+        _print_forecast(cells, tuning, _local_workers(workers, threads)[0])
         return
     open_trackers(track or [])
     path = out or Path("runs") / file.stem
@@ -74,12 +74,18 @@ def _start_workers(
         from fedlora.experiments.sweeps.cluster import RayWorkers
 
         return RayWorkers(ray, threads=threads, accelerators=ray_gpus)
-    from torch.cuda import device_count
-
     from fedlora.experiments.sweeps.workers import LocalWorkers
 
-    cores, accelerators = len(os.sched_getaffinity(0)), device_count()
-    return LocalWorkers(workers or accelerators or max(1, cores // threads), threads=threads, accelerators=accelerators)
+    count, accelerators = _local_workers(workers, threads)
+    return LocalWorkers(count, threads=threads, accelerators=accelerators)
+
+
+def _local_workers(asked: int | None, threads: int) -> tuple[int, int]:
+    """How many processes, and how many accelerators of this machine they share."""
+    from torch.cuda import device_count
+
+    accelerators = device_count()
+    return asked or accelerators or max(1, len(os.sched_getaffinity(0)) // threads), accelerators
 
 
 def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], again: str) -> tuple[int, int]:
@@ -105,12 +111,12 @@ def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], 
         return running.count("done"), running.count("failed")
 
 
-def _print_forecast(cells: Sequence[Cell], tuning: Tuning | None, workers: int | None) -> None:
+def _print_forecast(cells: Sequence[Cell], tuning: Tuning | None, workers: int) -> None:
     from fedlora.experiments.sweeps.forecast import forecast, print_forecast
     from fedlora.federation.shelf import Shelf
 
     trials = tuning.ready({}) if tuning else []
-    print_forecast(forecast([*trials, *cells], Shelf()), workers or 1)
+    print_forecast(forecast([*trials, *cells], Shelf()), workers)
 
 
 def _report(folder: Path) -> None:
