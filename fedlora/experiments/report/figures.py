@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora.experiments.report.comparison import Cell, cells_of
 from fedlora.experiments.report.results import ReportedRun, Results
@@ -16,8 +16,8 @@ from fedlora.experiments.report.style import (
     EpsilonAxis,
     drawing,
     explain,
+    label_handles,
     legend,
-    legend_columns,
     look,
     panels,
     plain,
@@ -27,7 +27,6 @@ from fedlora.experiments.report.words import epsilon_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _BY_EPSILON = (
     f"Public validation data. Marks: means over seeds, with Student's {CONFIDENCE:.0%} intervals where there are "
@@ -61,7 +60,8 @@ def slug(text: str) -> str:
 
 def _metric_by_epsilon(results: Results, cells: Sequence[Cell], folder: Path) -> str:
     with drawing() as plt:
-        figure, axes = panels(plt, len(results.tasks))
+        handles = label_handles(results, lines=True)
+        figure, axes = panels(plt, len(results.tasks), results.labels)
         for panel, task in zip(axes, results.tasks, strict=True):
             own = [cell for cell in cells if cell.task == task]
             scale = EpsilonAxis(sorted({cell.epsilon for cell in own}))
@@ -70,7 +70,7 @@ def _metric_by_epsilon(results: Results, cells: Sequence[Cell], folder: Path) ->
             scale.draw(panel)
             _title(panel, own[0])
             panel.set_xlabel("ε")
-        legend(figure, axes)
+        legend(figure, handles)
         explain(figure, _BY_EPSILON)
         return save(figure, folder, "metric_by_epsilon")
 
@@ -104,7 +104,8 @@ def _line_by_epsilon(panel: Axes, results: Results, cells: Sequence[Cell], scale
 
 def _metric_by_bytes(results: Results, cells: Sequence[Cell], folder: Path) -> str:
     with drawing() as plt:
-        figure, axes = panels(plt, len(results.tasks))
+        handles = [*label_handles(results, lines=False), *_epsilon_handles(results)]
+        figure, axes = panels(plt, len(results.tasks), [handle.get_label() for handle in handles])
         for panel, task in zip(axes, results.tasks, strict=True):
             own = [cell for cell in cells if cell.task == task]
             for cell in own:
@@ -112,7 +113,7 @@ def _metric_by_bytes(results: Results, cells: Sequence[Cell], folder: Path) -> s
             _title(panel, own[0])
             panel.set_xlabel("MB sent up")
             panel.set_xlim(left=0)
-        _legend_by_bytes(figure, results)
+        legend(figure, handles)
         explain(figure, _BY_BYTES)
         return save(figure, folder, "metric_by_bytes")
 
@@ -135,28 +136,15 @@ def _fill(results: Results, epsilon: float) -> float:
     return 0.0 if math.isinf(epsilon) else (private.index(epsilon) + 1) / len(private)
 
 
-def _legend_by_bytes(figure: Figure, results: Results) -> None:
-    """Labels by colour and mark, then ε by filling."""
+def _epsilon_handles(results: Results) -> list[Any]:
+    """ε by filling, for a legend."""
     from matplotlib.lines import Line2D
 
-    handles = []
-    for label in results.labels:
-        handles.append(Line2D([], [], **{**look(results, label), "linestyle": ""}, label=plain(label)))
-    for epsilon in results.epsilons:
-        face = (INK, _fill(results, epsilon)) if math.isfinite(epsilon) else "white"
-        handles.append(
-            Line2D(
-                [],
-                [],
-                marker="o",
-                linestyle="",
-                color=INK,
-                markeredgecolor=INK,
-                markerfacecolor=face,
-                label=epsilon_title(epsilon),
-            )
-        )
-    figure.legend(handles=handles, loc="outside upper left", ncols=legend_columns(figure), fontsize=8)
+    faces = {e: (INK, _fill(results, e)) if math.isfinite(e) else "white" for e in results.epsilons}
+    return [
+        Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor=face, markersize=5, label=epsilon_title(e))
+        for e, face in faces.items()
+    ]
 
 
 def _learning_curves(results: Results, task: str, folder: Path, name: str) -> str:
@@ -166,7 +154,7 @@ def _learning_curves(results: Results, task: str, folder: Path, name: str) -> st
     if not runs:
         return ""
     with drawing() as plt:
-        figure, axes = panels(plt, len(epsilons))
+        figure, axes = panels(plt, len(epsilons), results.labels)
         for panel, epsilon in zip(axes, epsilons, strict=True):
             for label in results.labels:
                 _curve(panel, results, label, [r for r in runs if (r.label, r.epsilon) == (label, epsilon)])
@@ -175,7 +163,7 @@ def _learning_curves(results: Results, task: str, folder: Path, name: str) -> st
             panel.set_xlabel("round")
             if panel is not axes[0]:
                 panel.sharey(axes[0])
-        legend(figure, axes)
+        legend(figure, label_handles(results, lines=True))
         explain(figure, _BY_ROUND)
         return save(figure, folder, name)
 

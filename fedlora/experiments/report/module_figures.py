@@ -9,7 +9,7 @@ from fedlora.experiments.report.choice_figure import draw_choices
 from fedlora.experiments.report.figures import slug
 from fedlora.experiments.report.modules import choice_maps, noise_shares
 from fedlora.experiments.report.results import Results
-from fedlora.experiments.report.style import FAINT, drawing, explain, legend, look, panels, plain, save
+from fedlora.experiments.report.style import FAINT, drawing, explain, label_handles, legend, look, panels, plain, save
 from fedlora.experiments.report.words import epsilon_title
 
 _NOISE = (
@@ -39,7 +39,7 @@ def _draw_noise(
 
     epsilons = sorted({epsilon for _, epsilon in shares})
     with drawing() as plt:
-        figure, axes = panels(plt, len(epsilons))
+        figure, axes = panels(plt, len(epsilons), results.labels)
         for panel, epsilon in zip(axes, epsilons, strict=True):
             for label in results.labels:
                 own = shares.get((label, epsilon), {})
@@ -54,6 +54,6 @@ def _draw_noise(
             panel.set_xlabel("layer")
             panel.set_ylabel("noise's share of energy")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(figure, axes)
+        legend(figure, label_handles(results, lines=True))
         explain(figure, _NOISE)
         return save(figure, folder, name)

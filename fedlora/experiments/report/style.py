@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#882255")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 INK, FAINT = "#222222", "#8a8a8a"
+_PANEL, _GAPS, _FOOT = (3.7, 3.0), (0.75, 0.75), 1.0  # inches: width and height with gaps, gaps, below the last row
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -61,9 +62,6 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg without dates; returns the name."""
     from matplotlib import pyplot as plt
 
-    if (engine := figure.get_layout_engine()) is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")  # once, and not for each file again
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -89,35 +87,58 @@ def look(results: Results, label: str) -> dict[str, Any]:
     }
 
 
-def panels(plt: Any, count: int, *, width: float = 3.7, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three in a row, with room for a legend above."""
+def panels(plt: Any, count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three in a row, with room for a legend of `names` above and a caption below.
+
+    Margins are fixed: to find them by drawing everything would take as long as the figure itself.
+    """
     columns = min(count, 3)
     rows = math.ceil(count / columns)
-    size = max(columns * width, 5.2), rows * height + 0.9
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    axes = list(grid.flat)
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    return figure, axes[:count]
+    width = max(columns * _PANEL[0], 5.2)
+    head = 0.5 + 0.2 * math.ceil(len(names) / legend_columns(width, names))
+    height = rows * _PANEL[1] + head + _FOOT - _GAPS[1]
+    figure = plt.figure(figsize=(width, height))
+    panel = (width - 0.8 - (columns - 1) * _GAPS[0]) / columns, _PANEL[1] - _GAPS[1]
+    grid = figure.add_gridspec(
+        rows,
+        columns,
+        left=0.7 / width,
+        right=1 - 0.1 / width,
+        top=1 - head / height,
+        bottom=_FOOT / height,
+        wspace=_GAPS[0] / panel[0],
+        hspace=_GAPS[1] / panel[1],
+    )
+    return figure, [figure.add_subplot(grid[place // columns, place % columns]) for place in range(count)]
 
 
 def explain(figure: Figure, text: str) -> None:
     """A caption below everything, folded to the figure's width."""
     width = int(figure.get_size_inches()[0] * 16)
-    figure.supxlabel(folded(text, width), fontsize=7.5, color="#555555", x=0.01, ha="left")
+    figure.text(0.01, 0.01, folded(text, width), fontsize=7.5, color="#555555", ha="left", va="bottom")
 
 
-def legend_columns(figure: Figure) -> int:
-    """How many entries fit beside one another."""
-    return max(2, int(figure.get_size_inches()[0] / 1.8))
+def legend_columns(width: float, names: Sequence[str]) -> int:
+    """How many entries fit beside one another in `width` inches."""
+    return max(1, int(width / (0.6 + 0.075 * max(map(len, names)))))
 
 
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, handles: Sequence[Any]) -> None:
     """One for all panels, above them; each name once."""
-    entries = {name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside upper left", ncols=legend_columns(figure), fontsize=8
-    )
+    entries = {handle.get_label(): handle for handle in handles}
+    columns = legend_columns(figure.get_size_inches()[0], list(entries))
+    figure.legend(handles=list(entries.values()), loc="upper left", ncols=columns, fontsize=8, borderaxespad=0.3)
+
+
+def label_handles(results: Results, *, lines: bool) -> list[Any]:
+    """Of every label, for a legend."""
+    from matplotlib.lines import Line2D
+
+    looks = {plain(label): look(results, label) for label in results.labels}
+    return [
+        Line2D([], [], **(found if lines else found | {"linestyle": ""}), markersize=5, label=name)
+        for name, found in looks.items()
+    ]
 
 
 class EpsilonAxis:
