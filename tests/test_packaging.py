@@ -52,7 +52,8 @@ def test_wheel_holds_fedlora_and_nothing_else(checkout: Path, tmp_path: Path) ->
     version = PYPROJECT["project"]["version"]
     assert {name.split("/")[0] for name in names} == {"fedlora", f"fedlora-{version}.dist-info"}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedlora").rglob("*.py")}
-    assert sources | {"fedlora/py.typed"} <= set(names)
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedlora/experiments/report/page").iterdir()}
+    assert sources | page | {"fedlora/py.typed"} <= set(names)
 
 
 @pytest.mark.flower
