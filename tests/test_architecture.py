@@ -23,7 +23,7 @@ WITHOUT_TORCH = (
     "fedlora.privacy.ledger_file",
     "fedlora.privacy.policy",
     "fedlora.privacy.units",
-    "fedlora.experiments.tables",
+    "fedlora.experiments.report",
 )
 
 FORBIDDEN = {
