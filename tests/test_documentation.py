@@ -19,7 +19,13 @@ RECIPES = sorted(ROOT.glob("simulations/recipes/*.toml"))
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY = ("data.source=generated", "data.generated_records=240", "data.max_length=16", "federation.rounds=2")
-TINY += ("federation.local_steps=2", "training.expected_batch_size=16", "privacy.delta=1e-3", "privacy.accountant=rdp")
+TINY += (
+    "data.train_share=1",
+    "federation.local_steps=2",
+    "training.expected_batch_size=16",
+    "privacy.delta=1e-3",
+    "privacy.accountant=rdp",
+)
 
 
 def relative(path: Path) -> str:

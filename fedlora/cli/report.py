@@ -49,7 +49,7 @@ def _print(console: Console, results: Results) -> None:
         table = Table(title=Text(f"{task}: {metric}, mean ± std (seeds)"), title_justify="left")
         table.add_column(Text(results.axis))
         for epsilon in epsilons:
-            table.add_column(epsilon_title(epsilon), justify="right")
+            table.add_column(epsilon_title(epsilon).replace(" (", "\n("), justify="right")
         for label in results.labels:
             row = [by_place.get((label, epsilon)) for epsilon in epsilons]
             if any(row):

@@ -166,7 +166,7 @@ def _prepared(config: RunConfig, policy: SitePolicy | None, shelf: Shelf) -> Ite
         dataset = shelf.encoded(config, "train", workbench.classifier)
         yield _Prepared(workbench=workbench, dataset=dataset, sites=sites, evaluator=Evaluator(workbench, shelf))
     finally:
-        workbench.backend.detach()
+        workbench.detach()
 
 
 def _check_budgets(sites: Sequence[Site], policy: SitePolicy) -> None:

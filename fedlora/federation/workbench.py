@@ -88,11 +88,15 @@ class Workbench:
         mask = None if chosen is None else ModuleMask(self.candidates, chosen)
         if mask == self.mask and self.attached:
             return
-        self.backend.detach()
-        self.attached = False
+        self.detach()
         attached = _attach(self.config, self.execution, self.classifier, mask)
         self.places, self.layout, self.backend, self.initial_theta = attached
         self.mask, self.attached = mask, True
+
+    def detach(self) -> None:
+        """Give the base model back as it was. `adopt` attaches anew."""
+        self.backend.detach()
+        self.attached = False
 
     def _with(self, shapes: dict[str, tuple[int, ...]], name: str) -> AdapterLayout:
         """`shapes`, and one number per candidate under `name`; the digest knows the candidates and their order."""

@@ -136,6 +136,7 @@ def test_one_choice_for_everyone_and_only_what_was_chosen_leaves(
     assert (selection.mask.chosen, selection.method) == (chosen, select)
     for client in record["clients"]:
         assert client["epsilon"] == "inf" if epsilon == "inf" else 0 < client["epsilon"] <= 6
+    seen.workbench.adopt(chosen)  # again: a run gives the base model back as it was
     check_export(folder, seen, own, shared)
 
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from fedlora.errors import StoreError
 from fedlora.experiments.gathering import stored_run
-from fedlora.experiments.run_folder import RunFolder
+from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.experiments.store import Store, StoredRun
 from fedlora.experiments.sweeps.folder import SweepFolder
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
@@ -136,7 +136,14 @@ class SweepRun:
         )
 
     def _failed(self, cell: Cell, error: str) -> StoredRun:
-        return StoredRun(folder=cell.folder, digest=cell.digest, role=cell.role, axes=cell.axes, error=error)
+        return StoredRun(
+            folder=cell.folder,
+            digest=cell.digest,
+            role=cell.role,
+            axes=cell.axes,
+            error=error,
+            config=to_json(cell.config.to_mapping()),
+        )
 
 
 def _progress(folder: RunFolder, cell: Cell) -> float:
