@@ -93,16 +93,17 @@ class Difference:
 
 
 def cells_of(results: Results) -> list[Cell]:
-    """By task, label and ε, in the order of the results; the best of a task and ε are marked, all that tie."""
+    """By task, label and ε, in the order of the results; of several labels at a task and ε the best are marked."""
     grouped: dict[tuple[str, str, float], list[ReportedRun]] = {}
     for run in results.runs:
         grouped.setdefault((run.task, run.label, run.epsilon), []).append(run)
     means = {place: round(statistics.fmean(run.value for run in runs), 12) for place, runs in grouped.items()}
-    highest: dict[tuple[str, float], float] = {}
+    rivals: dict[tuple[str, float], list[float]] = {}
     for (task, _, epsilon), mean in means.items():
-        highest[task, epsilon] = max(mean, highest.get((task, epsilon), -math.inf))
+        rivals.setdefault((task, epsilon), []).append(mean)
+    highest = {place: max(found) for place, found in rivals.items() if len(found) > 1}
     return [
-        Cell(task=t, label=name, epsilon=e, runs=tuple(runs), best=means[t, name, e] == highest[t, e])
+        Cell(task=t, label=name, epsilon=e, runs=tuple(runs), best=means[t, name, e] == highest.get((t, e)))
         for t in results.tasks
         for name in results.labels
         for e in results.epsilons

@@ -33,8 +33,7 @@ def tables_text(results: Results) -> str:
             f"## {markdown(task)}: {markdown(own[0].runs[0].metric.replace('_', ' '))}",
             _metric_table(results, own),
             "\n".join(f"- {markdown(note)}" for note in notes_of(results.of(task))),
-            f"Paired differences to {markdown(results.baseline)}:",
-            _difference_table([entry for entry in differences if entry.task == task], results.axis),
+            *_differences([entry for entry in differences if entry.task == task], results),
             "What they cost:",
             _cost_table(own, results.axis),
         ]
@@ -90,11 +89,14 @@ def _bold(cell: Cell) -> str:
     return f"**{value_text(cell)}**" if cell.best else value_text(cell)
 
 
-def _difference_table(entries: Sequence[Difference], axis: str) -> str:
+def _differences(entries: Sequence[Difference], results: Results) -> list[str]:
+    if len(results.labels) < 2:
+        return []
+    title = f"Paired differences to {markdown(results.baseline)}:"
     if not entries:
-        return "None: no run of another label shares ε and seed with one of it."
+        return [title, "None: no run of another label shares ε and seed with one of it."]
     rows = [[markdown(entry.label), epsilon_title(entry.epsilon), *difference_row(entry)] for entry in entries]
-    return _table([markdown(axis), "ε", *DIFFERENCE_HEADS], rows)
+    return [title, _table([markdown(results.axis), "ε", *DIFFERENCE_HEADS], rows)]
 
 
 def _cost_table(cells: Sequence[Cell], axis: str) -> str:

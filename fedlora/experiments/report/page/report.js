@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs.map((row, place) => Object.fromEntries([["place", place], ...FIELDS.map((name, at) => [name, row[at]])]));
   const card = document.getElementById("card");
-  const COLOURS = 8, HEIGHT = 300, LEFT = 54, RIGHT = 14, TOP = 22, BOTTOM = 42, REACH = 16;
+  const COLOURS = 8, HEIGHT = 300, LEFT = 62, RIGHT = 14, TOP = 22, BOTTOM = 42, REACH = 16;
   let pinned = null;
 
   // ------------------------------------------------------------------------------------------------- small tools
