@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.report import RESULTS, command, conditions, save, table
 from fedlora.experiments.report import read_results, write_report
-from fedlora.experiments.store import Store, StoredRun
+from fedlora.experiments.runs.store import Store
+from fedlora.experiments.runs.stored_run import StoredRun
 
 REAL = Path(__file__).parents[1] / "simulations" / "results" / "dam" / "sst2-alignment-epsilon-6-seed-0.json"
 TASKS, METHODS = (

@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedlora.experiments.gathering import Gathered
+    from fedlora.experiments.runs.gathering import Gathered
 
 runs = typer.Typer(name="runs", help="List, show, compare and remove runs.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--in", help="a sweep's folder or a folder of runs")]
@@ -38,7 +38,7 @@ def list_runs(
     """Which runs are there, what did they reach and what did they spend? Unfinished ones are listed too."""
     from fedlora.errors import ConfigError
     from fedlora.experiments.run_folder import to_json
-    from fedlora.experiments.store import COLUMNS
+    from fedlora.experiments.runs.store import COLUMNS
     from fedlora.schema import require_known
 
     if as_csv and as_json:
@@ -72,7 +72,7 @@ def show(
     folder: Folder = DEFAULT,
 ) -> None:
     """All that is known of one run: settings, guarantee, what each client spent, results, traffic, versions."""
-    from fedlora.experiments.portrait import print_portrait
+    from fedlora.experiments.runs.portrait import print_portrait
 
     with (gathered := _gathered(folder)).store:
         print_portrait(gathered.find(run))
@@ -85,7 +85,7 @@ def diff(
     folder: Folder = DEFAULT,
 ) -> None:
     """What differs between two runs: settings, code and versions, results."""
-    from fedlora.experiments.portrait import print_differences
+    from fedlora.experiments.runs.portrait import print_differences
 
     with (gathered := _gathered(folder)).store:
         print_differences(gathered.find(left), gathered.find(right))
@@ -99,7 +99,7 @@ def rm(
 ) -> None:
     """Remove runs with their folders. Privacy that they spent stays spent: no ledger of a site is changed."""
     from fedlora.errors import StoreError
-    from fedlora.experiments.removal import check_removable, clear_removed, remove_run
+    from fedlora.experiments.runs.removal import check_removable, clear_removed, remove_run
 
     if folder.is_file():
         raise StoreError(f"{folder} is a store without run folders; give the folder that the runs lie in")
@@ -130,7 +130,7 @@ def _confirmed() -> bool:
 
 
 def _gathered(folder: Path) -> Gathered:
-    from fedlora.experiments.gathering import gather
+    from fedlora.experiments.runs.gathering import gather
     from fedlora.experiments.terminal import one_line
 
     gathered = gather(folder)

@@ -97,7 +97,7 @@ def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], 
     Raises:
         RunInterrupted: by Ctrl-C.
     """
-    from fedlora.experiments.store import Store
+    from fedlora.experiments.runs.store import Store
     from fedlora.experiments.sweeps.progress import SweepProgress
     from fedlora.experiments.sweeps.run import SweepRun
 

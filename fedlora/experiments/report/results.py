@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from fedlora.errors import StoreError
 from fedlora.experiments.record import guarantee_of
-from fedlora.experiments.store import FILE_NAME, Store, StoredRun
+from fedlora.experiments.runs.store import FILE_NAME, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Sweep
 from fedlora.privacy.units import Guarantee
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from fedlora.errors import StoreError
-from fedlora.experiments.gathering import stored_run
 from fedlora.experiments.run_folder import RunFolder, to_json
-from fedlora.experiments.store import Store, StoredRun
+from fedlora.experiments.runs.gathering import stored_run
+from fedlora.experiments.runs.store import Store
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.folder import SweepFolder
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.tuning import Tuning
@@ -72,8 +73,11 @@ class SweepRun:
         return [cell for cell in self.known_cells() if not self._is_settled(cell) and cell.digest not in self.tried]
 
     def is_done(self, cell: Cell) -> bool:
+        """Whether its run has ended well and says how its settings were chosen, if they were."""
         run = self.results.get(cell.digest)
-        return run is not None and run.status == "done"
+        if run is None or run.record is None:
+            return False
+        return self.tuning is None or cell.role == "trial" or "tuning" in run.record
 
     def _is_settled(self, cell: Cell) -> bool:
         return cell.digest in self.results if cell.role == "trial" else self.is_done(cell)

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Cell, Settings, Sweep, label_of
 from fedlora.experiments.sweeps.tree_parzen import TreeParzen
 from fedlora.experiments.sweeps.tune_table import TuneTable

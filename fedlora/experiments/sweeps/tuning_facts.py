@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora.config import SECTIONS, RunConfig
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Settings
 from fedlora.experiments.sweeps.trial_cost import OUTSIDE_THE_PLAN, TrialCost, cost_with_trials
 from fedlora.experiments.sweeps.tune_table import TuneTable

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.experiments.store import FILE_NAME, Store, StoredRun
+from fedlora.experiments.runs.store import FILE_NAME, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 
 Recorded = Callable[..., dict[str, Any]]
 Stored = Callable[..., StoredRun]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fedlora.experiments.report import build_report
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 
 browser_module = pytest.importorskip("tests.experiments.report.browser", reason="websockets is not installed")
 PROGRAM = browser_module.executable()

@@ -16,7 +16,7 @@ from fedlora.errors import StoreError
 from fedlora.experiments.report import build_report, read_results
 from fedlora.experiments.report.build import LISTED
 from fedlora.experiments.report.style import COLOURS, EpsilonAxis
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 
 ALWAYS = {"report.html", "tables.md", "metric.csv", "differences.csv", "costs.csv", "runs.csv"}
 

@@ -14,7 +14,7 @@ import pytest
 from fedlora.experiments.report import read_results
 from fedlora.experiments.report.csv_files import csv_files
 from fedlora.experiments.report.tables import tables_text
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 
 
 def rows(text: str) -> list[dict[str, str]]:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
-from fedlora.experiments.store import Store, StoredRun
+from fedlora.experiments.runs.store import Store
+from fedlora.experiments.runs.stored_run import StoredRun
 
 pytestmark = pytest.mark.slow
 CELLS = 24

@@ -17,7 +17,8 @@ import pytest
 
 from fedlora.errors import RunFolderError, StoreError
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.store import Store, StoredRun
+from fedlora.experiments.runs.store import Store
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps import worker as worker_module
 from fedlora.experiments.sweeps.folder import SweepFolder
 from fedlora.experiments.sweeps.run import SweepRun

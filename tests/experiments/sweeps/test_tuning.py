@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.search_space import Range, Space
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.tuning import Tuning

@@ -18,11 +18,12 @@ import pytest
 
 from fedlora.cli import main
 from fedlora.errors import RunFolderError, StoreError
-from fedlora.experiments import removal
-from fedlora.experiments.gathering import gather
-from fedlora.experiments.removal import clear_removed, remove_run
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.store import FILE_NAME, Store, StoredRun
+from fedlora.experiments.runs import removal
+from fedlora.experiments.runs.gathering import gather
+from fedlora.experiments.runs.removal import clear_removed, remove_run
+from fedlora.experiments.runs.store import FILE_NAME, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 
 MakeRun = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedlora.config import RunConfig
 from fedlora.experiments.run_folder import to_json
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.stored_run import StoredRun
 
 _CODE = ("fedlora_version", "code_digest", "model_digest", "versions", "execution")
 _RESULTS = ("metrics", "private_evaluation", "bytes_up", "bytes_down", "peak_memory_bytes")

@@ -12,10 +12,11 @@ import pytest
 import tomli_w
 
 from fedlora.errors import StoreError
-from fedlora.experiments import gathering
-from fedlora.experiments.gathering import gather, stored_run
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.store import FILE_NAME, Store, StoredRun
+from fedlora.experiments.runs import gathering
+from fedlora.experiments.runs.gathering import gather, stored_run
+from fedlora.experiments.runs.store import FILE_NAME, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Sweep
 
 MakeRun = Callable[..., Path]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from fedlora.errors import ConfigError, StoreError
-from fedlora.experiments import store as store_module
-from fedlora.experiments.store import COLUMNS, FILE_NAME, SCHEMA_VERSION, Store, StoredRun
+from fedlora.experiments.runs import store as store_module
+from fedlora.experiments.runs.store import COLUMNS, FILE_NAME, SCHEMA_VERSION, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 
 MakeRecord = Callable[..., dict[str, Any]]
 
@@ -324,7 +325,7 @@ def test_every_put_that_returned_outlives_a_kill(tmp_path: Path) -> None:
 
 def test_records_that_were_really_made_fit(tmp_path: Path) -> None:
     """Those published here, old ones among them."""
-    results = Path(__file__).parents[2] / "simulations" / "results"
+    results = Path(__file__).parents[3] / "simulations" / "results"
     records = {path: json.loads(path.read_text()) for path in results.glob("*/*.json")}
     records = {path: record for path, record in records.items() if "config" in record}
     assert records

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from fedlora.errors import StoreError
-from fedlora.experiments.gathering import PLACES
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.store import FILE_NAME, Store
+from fedlora.experiments.runs.gathering import PLACES
+from fedlora.experiments.runs.store import FILE_NAME, Store
 
 _REMOVED = ".removed-"
 

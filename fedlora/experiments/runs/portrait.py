@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.config import RunConfig
-from fedlora.experiments.differences import Difference, code_apart, from_defaults, results_apart, settings_apart
 from fedlora.experiments.record import guarantee_of
-from fedlora.experiments.store import StoredRun
+from fedlora.experiments.runs.differences import Difference, code_apart, from_defaults, results_apart, settings_apart
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.terminal import one_line, print_rows, shown_bytes, shown_epsilon
 from fedlora.privacy.units import Guarantee
 

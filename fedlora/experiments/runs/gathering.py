@@ -13,7 +13,8 @@ from typing import Any, Literal
 from fedlora.errors import ConfigError, RunFolderError, StoreError
 from fedlora.experiments.record import SCHEMA_VERSION
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.store import FILE_NAME, Store, StoredRun
+from fedlora.experiments.runs.store import FILE_NAME, Store
+from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.schema import shown
 
