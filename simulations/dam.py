@@ -26,7 +26,7 @@ import pyarrow.parquet as parquet
 from fedlora.adapters.dam import Selection, discretise, overlap
 from fedlora.experiments.report.statistics import CONFIDENCE, interval, spread, verdict
 from simulations.page import write_between
-from simulations.privacy_utility import run_recipe
+from simulations.recipe_runs import run_recipe
 
 HERE = Path(__file__).parent
 RECIPE, RESULTS = HERE / "recipes" / "dam.toml", HERE / "results" / "dam"

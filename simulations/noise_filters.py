@@ -18,7 +18,7 @@ from typing import Any
 
 from fedlora.experiments.report.statistics import CONFIDENCE, interval, spread, verdict
 from simulations.page import write_between
-from simulations.privacy_utility import run_recipe
+from simulations.recipe_runs import run_recipe
 
 HERE = Path(__file__).parent
 RECIPE, RESULTS = HERE / "recipes" / "sst2.toml", HERE / "results" / "noise_filters"

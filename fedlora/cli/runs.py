@@ -120,6 +120,20 @@ def rm(
     clear_removed(folder)
 
 
+@runs.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="a new folder for the store to publish")],
+    folder: Folder = DEFAULT,
+) -> None:
+    """A copy of the store for others: every record whole, without the paths of this machine."""
+    from fedlora.experiments.runs.publication import export_runs
+    from fedlora.experiments.terminal import one_line
+
+    for complaint in export_runs(folder, out):
+        typer.echo(f"fedlora: {one_line(complaint, 1000)}", err=True)
+    typer.echo(f"store    {out / 'runs.sqlite'}; fedlora report {shlex.quote(str(out))} makes its tables and figures")
+
+
 def _confirmed() -> bool:
     from fedlora.errors import ConfigError
 
