@@ -67,7 +67,7 @@ class RayWorkers:
         try:
             error: str = self._ray.get(task)
         except self._ray.exceptions.RayError as failure:
-            return f"Ray could not run it: {' '.join(str(failure).split())[:300]}"
+            return f"Ray could not run it ({type(failure).__name__}); its own logs say why"
         return error
 
 

@@ -64,7 +64,10 @@ class Worker:
         self._shelf: Shelf | None = None
 
     def run(self, job: Job) -> str:
-        """Do a cell, or what is left of it; "" if its folder holds a whole run now, else why not, in one line."""
+        """Do a cell, or what is left of it; "" if its folder holds a whole run now, else why not, in one line.
+
+        What others raise may quote a record: it goes to a log beside the folder, and never into a store or a report.
+        """
         folder = RunFolder(job.folder)
         if folder.record_file.exists():
             return ""
@@ -73,8 +76,9 @@ class Worker:
         except FedloraError as error:
             return " ".join(str(error).split())
         except Exception as error:  # one cell's fault must not end the others
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
             job.folder.with_suffix(".log").write_text(traceback.format_exc(), encoding="utf-8")
-            return f"{type(error).__name__}: {' '.join(str(error).split())} (all of it in {job.folder.name}.log)"
+            return f"{type(error).__name__}; {job.folder.with_suffix('.log').name} beside its folder has all of it"
         job.folder.with_suffix(".log").unlink(missing_ok=True)
         return ""
 
