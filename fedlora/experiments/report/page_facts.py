@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
 from fedlora.experiments.report.csv_files import runs_csv
+from fedlora.experiments.report.guarantees import guarantee_words, odds
 from fedlora.experiments.report.modules import choice_maps, noise_shares
 from fedlora.experiments.report.results import ReportedRun, Results
 from fedlora.experiments.report.style import COLOURS
@@ -29,8 +30,6 @@ from fedlora.experiments.report.words import (
     READING,
     epsilon_text,
     epsilon_title,
-    guarantee_words,
-    odds,
     seconds_text,
     size_text,
     spent_text,

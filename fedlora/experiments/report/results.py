@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,11 @@ class ReportedRun:
     @property
     def validation_part(self) -> str:
         return str(found(self.record, "config", "data", "validation_part") or "all")
+
+    @property
+    def promised(self) -> bool:
+        """Whether ε bounds anything."""
+        return self.guarantee is not None and not self.guarantee.flaws
 
     @property
     def code(self) -> str:
@@ -223,8 +228,10 @@ def _read(run: StoredRun, axis: str) -> ReportedRun | Left:
 
 
 def _guarantee(record: Mapping[str, Any]) -> Guarantee | None:
+    """What the record states; it holds nowhere that the record itself calls its noise seeded."""
     try:
-        return guarantee_of(record)
+        stated = guarantee_of(record)
+        return replace(stated, noise_seeded=stated.noise_seeded or record.get("noise_seeded") is True)
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
+from fedlora.experiments.report.guarantees import guarantee_words
 from fedlora.experiments.report.results import KINDS, Left, Results
 from fedlora.experiments.report.statistics import CONFIDENCE
 from fedlora.experiments.report.tuning import tunings_of
@@ -14,7 +15,6 @@ from fedlora.experiments.report.words import (
     READING,
     epsilon_text,
     epsilon_title,
-    guarantee_words,
     markdown,
     range_text,
     seconds_text,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 
 from fedlora.experiments.report.comparison import Cell
-from fedlora.experiments.report.results import ReportedRun, Results
+from fedlora.experiments.report.results import ReportedRun
 from fedlora.experiments.report.statistics import CONFIDENCE, RESAMPLES
 from fedlora.privacy.units import rounded_up
 
@@ -85,46 +84,5 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def guarantee_words(results: Results) -> list[str]:
-    """What every ε of the report is about: unit, relation, δ, accountant, and what it leaves open."""
-    stated = [run.guarantee for run in results.runs if run.guarantee and math.isfinite(run.epsilon)]
-    if not stated:
-        return ["No run here has a guarantee: nothing bounds what can be learnt about a record."]
-    units, relations = _listed(g.unit for g in stated), _listed(g.relation for g in stated)
-    deltas = _listed(f"{g.delta:g}" for g in sorted(stated, key=lambda g: g.delta))
-    accountants = _listed(g.accountant.upper() for g in stated)
-    return [
-        f"Every ε is an upper bound for one {units} of one site ({relations}), against the server and every other "
-        f"site, at δ = {deltas}, by {accountants} accounting.",
-        f"Not covered: {stated[0].not_covered}.",
-    ]
-
-
-def odds(results: Results) -> list[tuple[str, str, str]]:
-    """For each private ε: it, how many times likelier (e^ε), and how often at most a guess can be right.
-
-    Whoever has to tell from all that leaves a site whether a record took part, both as likely beforehand, is right with
-    probability at most (e^ε + δ) / (1 + e^ε). Source: Kairouz, Oh and Viswanath, The Composition Theorem for
-    Differential Privacy (ICML 2015), section 2, from the hypothesis-testing region of (ε, δ).
-    """
-    rows = []
-    for epsilon in (epsilon for epsilon in results.epsilons if math.isfinite(epsilon)):
-        deltas = [r.guarantee.delta for r in results.runs if r.guarantee and r.epsilon == epsilon]
-        delta = max(deltas, default=0.0)
-        times = math.exp(min(epsilon, 700.0))  # what float64 can hold
-        right = 1 - (1 - delta) / (1 + times)
-        factor = f"{_up(times, 1):,.1f}" if times < 1e6 else f"{times:.1e}"
-        rows.append((epsilon_text(epsilon), factor, _percent(right)))
-    return rows
-
-
-def _percent(share: float) -> str:
-    return f"{_up(100 * share, 1):.1f} %" if share < 0.999 else f"{min(_up(100 * share, 3), 100):.3f} %"
-
-
-def _up(value: float, digits: int) -> float:
-    return math.ceil(value * 10.0**digits - 1e-9) / 10.0**digits
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return " or ".join(dict.fromkeys(texts))
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

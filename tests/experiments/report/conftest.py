@@ -22,8 +22,10 @@ Folder = Callable[[Sequence[StoredRun]], Path]
 def recorded() -> Recorded:
     """A record with what the report reads, and no more."""
 
-    def make(value: float = 0.8, *, epsilon: float | str = 6.0, spent: float = 5.9964, **more: Any) -> dict[str, Any]:
-        shown = "inf" if epsilon == "inf" else spent
+    def make(
+        value: float = 0.8, *, epsilon: float | str = 6.0, spent: float | None = None, **more: Any
+    ) -> dict[str, Any]:
+        shown = "inf" if epsilon == "inf" else 0.9994 * float(epsilon) if spent is None else spent
         guarantee = {"epsilon": shown, "delta": 1e-5, "accountant": "pld", "unit": "record", "relation": "add/remove"}
         record = {
             "code_digest": "c" * 64,

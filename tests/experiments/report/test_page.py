@@ -16,7 +16,7 @@ import pytest
 
 from fedlora.experiments.report import build_report, read_results
 from fedlora.experiments.report.csv_files import runs_csv
-from fedlora.experiments.report.words import odds
+from fedlora.experiments.report.guarantees import odds
 from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.privacy.units import Guarantee
 

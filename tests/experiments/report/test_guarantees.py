@@ -1,0 +1,76 @@
+"""No ε stands without what it is about, and none is called a bound that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.experiments.report import build_report, read_results
+from fedlora.experiments.report.guarantees import guarantee_words, odds
+from fedlora.experiments.runs.stored_run import StoredRun
+
+Stated = Callable[..., StoredRun]
+
+
+@pytest.fixture
+def stated(stored: Callable[..., StoredRun], recorded: Callable[..., dict[str, Any]]) -> Stated:
+    """A cell whose record states a guarantee with these fields other than usual."""
+
+    def make(guarantee: dict[str, Any] | None, *, charged: float = 5.9964, **more: Any) -> StoredRun:
+        privacy = recorded()["privacy"]
+        privacy["guarantee"] = None if guarantee is None else privacy["guarantee"] | guarantee
+        privacy["sites"] = [{"epsilon_charged": charged}]
+        return stored(privacy=privacy | more.pop("privacy", {}), **more)
+
+    return make
+
+
+SEEDED, UNSOUND = {"noise_seeded": True}, {"unsound": True, "epsilon": "inf"}
+
+
+@pytest.mark.parametrize("guarantee", [SEEDED, UNSOUND, None])
+def test_where_no_run_has_a_guarantee_nothing_is_called_a_bound(
+    folder_of: Callable[..., Path], stated: Stated, tmp_path: Path, guarantee: dict[str, Any] | None
+) -> None:
+    folder = folder_of([stated(guarantee, seed=seed) for seed in range(2)])
+    results = read_results(folder)
+    (said,) = guarantee_words(results)
+    assert said.startswith("No run here has a guarantee: nothing is promised about any record")
+    assert "(2 runs)" in said
+    assert odds(results) == []
+    page = build_report(folder, tmp_path / "out").read_text(encoding="utf-8")
+    for text in (page, (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")):
+        assert "is an upper bound" not in text
+        assert "nothing is promised about any record" in text
+    assert "would have been nearly as likely" not in page
+
+
+def test_noise_that_the_record_calls_seeded_promises_nothing(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun]
+) -> None:
+    """Its guarantee may be an old one, which does not say."""
+    results = read_results(folder_of([stored(noise_seeded=True)]))
+    assert "noise seeded, not private" in guarantee_words(results)[0]
+
+
+def test_where_some_runs_have_none_the_bound_is_that_of_the_others(
+    folder_of: Callable[..., Path], stated: Stated
+) -> None:
+    runs = [stated({}, seed=0), stated({}, seed=1)]
+    runs += [stated(SEEDED | {"delta": 1e-3}, seed=2, epsilon=1.0), stated(UNSOUND, seed=3), stated({}, epsilon="inf")]
+    results = read_results(folder_of(runs))
+    bound, others, uncovered = guarantee_words(results)
+    assert bound.startswith("Every ε of the 2 runs with a guarantee is an upper bound for one record of one site")
+    assert "at δ = 1e-05, by PLD" in bound
+    assert others.startswith("Nothing is promised by 2 other runs: ")
+    assert "noise seeded, not private (1 run)" in others
+    assert "GReDP with real noise" in others
+    assert uncovered.startswith("Not covered: several records of one person")
+    assert [row[0] for row in odds(results)] == ["6"], "ε = 1 was asked for by a seeded run only"
+
+
+def test_odds_are_those_of_what_was_charged(folder_of: Callable[..., Path], stated: Stated) -> None:
+    assert [row[0] for row in odds(read_results(folder_of([stated({}, charged=7.25)])))] == ["7.25"]
