@@ -1,14 +1,13 @@
-"""Cells of the tables: means over seeds, differences by seed, and what a reader has to know about them."""
+"""Cells of the tables: means over seeds, and differences by seed."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.experiments.report.results import ReportedRun, Results, clean
+from fedlora.experiments.report.results import ReportedRun, Results
 from fedlora.experiments.report.statistics import (
     FEWEST_PAIRS,
     bootstrap_interval,
@@ -62,13 +61,15 @@ class Difference:
 
     Attributes:
         epsilon: at which; None for all private ones together.
-        values: metric less the baseline's, one per pair.
+        values: metric less the baseline's, one per seed; of several ε the mean over them.
+        runs: that they are made of, the baseline's among them.
     """
 
     task: str
     label: str
     epsilon: float | None
     values: tuple[float, ...]
+    runs: tuple[ReportedRun, ...]
 
     @property
     def enough(self) -> bool:
@@ -123,16 +124,37 @@ def differences_of(results: Results) -> list[Difference]:
 
 
 def _of_label(results: Results, task: str, label: str) -> Iterator[Difference]:
-    pooled: list[tuple[float, ...]] = []
+    private: list[dict[str, float]] = []
+    runs: list[ReportedRun] = []
     for epsilon in results.epsilons:
-        own, base = (_by_seed(results.of(task, name, epsilon)) for name in (label, results.baseline))
-        values = tuple(own[seed] - base[seed] for seed in own if seed in base)
-        if values:
-            yield Difference(task=task, label=label, epsilon=epsilon, values=values)
-        if values and math.isfinite(epsilon):
-            pooled.append(values)
-    if len(pooled) > 1:
-        yield Difference(task=task, label=label, epsilon=None, values=tuple(v for values in pooled for v in values))
+        both = [run for name in (label, results.baseline) for run in results.of(task, name, epsilon)]
+        own, base = (_by_seed([run for run in both if run.label == name]) for name in (label, results.baseline))
+        values = {seed: own[seed] - base[seed] for seed in own if seed in base}
+        if not values:
+            continue
+        paired = [run for run in both if run.seed in values]
+        yield Difference(task=task, label=label, epsilon=epsilon, values=tuple(values.values()), runs=tuple(paired))
+        if math.isfinite(epsilon):
+            private.append(values)
+            runs += paired
+    if len(private) > 1:
+        yield from _pooled(task, label, private, runs)
+
+
+def _pooled(
+    task: str, label: str, private: Sequence[Mapping[str, float]], runs: Sequence[ReportedRun]
+) -> Iterator[Difference]:
+    """Each seed's mean over all ε: its pairs share partition and initial values and are no independent ones.
+
+    Args:
+        private: differences by seed, for every ε. Seeds that lack one would make the mean another's.
+        runs: that these are made of.
+    """
+    shared = [seed for seed in private[0] if all(seed in values for values in private)]
+    means = tuple(statistics.fmean(values[seed] for values in private) for seed in shared)
+    if means:
+        own = tuple(run for run in runs if run.seed in shared)
+        yield Difference(task=task, label=label, epsilon=None, values=means, runs=own)
 
 
 def _by_seed(runs: Sequence[ReportedRun]) -> dict[str, float]:
@@ -141,41 +163,3 @@ def _by_seed(runs: Sequence[ReportedRun]) -> dict[str, float]:
     for run in runs:
         grouped.setdefault(run.seed, []).append(run.value)
     return {seed: statistics.fmean(values) for seed, values in grouped.items()}
-
-
-def notes_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """What makes runs of one table less comparable, or less private, than they look."""
-    return [*_comparability(runs), *_privacy(runs)]
-
-
-def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
-    codes, parts = Counter(run.code for run in runs), Counter(run.validation_part for run in runs)
-    if len(codes) > 1:
-        shown = ", ".join(f"{code[:12]} ({count} runs)" for code, count in sorted(codes.items()))
-        yield f"Runs of {len(codes)} different versions of the code: {clean(shown)}. A difference may be the code's."
-    if len(parts) > 1:
-        shown = ", ".join(f"{part} ({count} runs)" for part, count in sorted(parts.items()))
-        yield f"Metrics on different parts of the validation data: {clean(shown)}. They do not compare."
-    elif "all" not in parts:
-        yield f"Metric on one half of the validation data: data.validation_part = {clean(next(iter(parts)))}."
-    names = sorted({run.metric for run in runs})
-    if len(names) > 1:
-        yield f"Different metrics in one table: {', '.join(names)}. They do not compare."
-    places = Counter((run.label, run.epsilon, run.seed) for run in runs)
-    if twice := sum(count > 1 for count in places.values()):
-        yield f"{twice} places of the table have several runs of one seed, which differ in something that is no axis."
-
-
-def _privacy(runs: Sequence[ReportedRun]) -> Iterator[str]:
-    seeded = sum(run.record.get("noise_seeded") is True for run in runs if math.isfinite(run.epsilon))
-    unsound = sum(run.guarantee is not None and run.guarantee.unsound for run in runs)
-    unsaid = sum(run.guarantee is None for run in runs)
-    if seeded:
-        yield (
-            f"{seeded} of {len(runs)} runs: noise seeded, not private. Anyone can repeat their noise; ε is what secret "
-            "noise would have given."
-        )
-    if unsound:
-        yield f"{unsound} of {len(runs)} runs: no guarantee, the mechanism releases something without noise."
-    if unsaid:
-        yield f"{unsaid} of {len(runs)} runs: the record states no guarantee; ε is the largest that a site reported."

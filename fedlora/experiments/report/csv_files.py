@@ -28,7 +28,7 @@ def csv_files(results: Results) -> dict[str, str]:
     return {
         "metric.csv": _csv((*_PLACE, "metric", "mean", "std", "n", "best"), map(_metric, cells)),
         "differences.csv": _csv(
-            (*_PLACE, "baseline", "pairs", "mean", *_ENDS, "verdict"),
+            (*_PLACE, "baseline", "seeds", "mean", *_ENDS, "verdict"),
             [_difference(entry, results.baseline) for entry in differences],
         ),
         "costs.csv": _csv((*_PLACE, *_COST), map(_cost, cells)),

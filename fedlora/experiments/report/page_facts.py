@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
+from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of
 from fedlora.experiments.report.csv_files import runs_csv
 from fedlora.experiments.report.guarantees import guarantee_words, odds
 from fedlora.experiments.report.modules import choice_maps, noise_shares
+from fedlora.experiments.report.notes import notes_of
 from fedlora.experiments.report.results import ReportedRun, Results
 from fedlora.experiments.report.style import COLOURS
 from fedlora.experiments.report.tables import (

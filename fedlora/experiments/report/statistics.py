@@ -13,7 +13,7 @@ from scipy.stats import t as student
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 FEWEST_PAIRS = 3
-"""With fewer, nothing is said about a difference."""
+"""Seeds with a pair. With fewer, nothing is said about a difference."""
 
 
 def half_width(differences: Sequence[float]) -> float:

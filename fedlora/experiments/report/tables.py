@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of, notes_of
+from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of
 from fedlora.experiments.report.guarantees import guarantee_words
+from fedlora.experiments.report.notes import notes_of
 from fedlora.experiments.report.results import KINDS, Left, Results
 from fedlora.experiments.report.statistics import CONFIDENCE
 from fedlora.experiments.report.tuning import tunings_of
@@ -47,14 +48,14 @@ def value_text(cell: Cell) -> str:
 
 
 def difference_row(entry: Difference) -> tuple[str, str, str, str, str]:
-    """Pairs, mean, Student's interval, the bootstrap's, verdict."""
+    """Seeds, mean, Student's interval, the bootstrap's, verdict."""
     if not entry.enough:
         return str(len(entry.values)), f"{entry.mean:+.4f}", "too few", "too few", "too few"
     student, bootstrap = (f"{low:+.4f} to {high:+.4f}" for low, high in (entry.student, entry.bootstrap))
     return str(len(entry.values)), f"{entry.mean:+.4f}", student, bootstrap, entry.verdict
 
 
-DIFFERENCE_HEADS = ("pairs", "mean difference", f"Student {CONFIDENCE:.0%}", f"bootstrap {CONFIDENCE:.0%}", "verdict")
+DIFFERENCE_HEADS = ("seeds", "mean difference", f"Student {CONFIDENCE:.0%}", f"bootstrap {CONFIDENCE:.0%}", "verdict")
 COST_HEADS = ("runs", "ε spent", "σ", "sent up", "time")
 
 

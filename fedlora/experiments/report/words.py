@@ -7,7 +7,7 @@ import re
 
 from fedlora.experiments.report.comparison import Cell
 from fedlora.experiments.report.results import ReportedRun
-from fedlora.experiments.report.statistics import CONFIDENCE, RESAMPLES
+from fedlora.experiments.report.statistics import CONFIDENCE, FEWEST_PAIRS, RESAMPLES
 from fedlora.privacy.units import rounded_up
 
 READING = (
@@ -18,9 +18,10 @@ READING = (
 PAIRING = (
     f"Differences are paired by seed. The verdict follows from Student's {CONFIDENCE:.0%} interval for their mean. The "
     f"bootstrap interval ({CONFIDENCE:.0%}, percentiles, {RESAMPLES:,} resamples, seed 0) is for comparison: with "
-    "few pairs a bootstrap is too narrow. Pairs of different ε with one seed share partition and initial values, so "
-    "that the pooled line knows less than its number of pairs suggests. No interval is corrected for how many are "
-    "looked at: of twenty, about one misses by chance."
+    "few pairs a bootstrap is too narrow. Pairs of one seed at different ε share partition and initial values and are "
+    "not independent: the pooled line first takes each seed's mean over all private ε, of seeds that have a pair at "
+    f"every one, and counts seeds. Fewer than {FEWEST_PAIRS} seeds say nothing. No interval is corrected for how "
+    "many are looked at: of twenty, about one misses by chance."
 )
 COSTS = (
     "ε spent is that of the worst site over all seeds, rounded up. σ is the smallest effective noise multiplier of a "

@@ -59,16 +59,16 @@ def test_differences_are_paired_by_seed_and_pooled_over_private_epsilon(
     results = read_results(folder)
     assert (results.labels, results.baseline) == (("gated", "plain"), "plain")
     found = {row["epsilon"]: row for row in rows(csv_files(results)["differences.csv"])}
-    assert {e: (row["pairs"], row["verdict"]) for e, row in found.items()} == {
+    assert {e: (row["seeds"], row["verdict"]) for e, row in found.items()} == {
         "1": ("3", "gains"),
         "6": ("3", "gains"),
         "inf": ("3", "no difference seen"),
-        "pooled": ("6", "gains"),
+        "pooled": ("3", "gains"),
     }
     assert float(found["pooled"]["mean"]) == pytest.approx(0.03, abs=1e-9)  # inf is not in it
     assert float(found["pooled"]["student_low"]) < float(found["pooled"]["bootstrap_low"])
     text = tables_text(results)
-    assert line(text, "gated", "all private ε, pooled")[2] == "6"
+    assert line(text, "gated", "all private ε, pooled")[2] == "3"
     assert "with few pairs a bootstrap is too narrow" in text
 
 

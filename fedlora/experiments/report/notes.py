@@ -1,0 +1,47 @@
+"""What a reader has to know about the runs of one table, beside their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from fedlora.experiments.report.results import ReportedRun, clean
+
+
+def notes_of(runs: Sequence[ReportedRun]) -> list[str]:
+    """What makes runs of one table less comparable, or less private, than they look."""
+    return [*_comparability(runs), *_privacy(runs)]
+
+
+def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
+    codes, parts = Counter(run.code for run in runs), Counter(run.validation_part for run in runs)
+    if len(codes) > 1:
+        shown = ", ".join(f"{code[:12]} ({count} runs)" for code, count in sorted(codes.items()))
+        yield f"Runs of {len(codes)} different versions of the code: {clean(shown)}. A difference may be the code's."
+    if len(parts) > 1:
+        shown = ", ".join(f"{part} ({count} runs)" for part, count in sorted(parts.items()))
+        yield f"Metrics on different parts of the validation data: {clean(shown)}. They do not compare."
+    elif "all" not in parts:
+        yield f"Metric on one half of the validation data: data.validation_part = {clean(next(iter(parts)))}."
+    names = sorted({run.metric for run in runs})
+    if len(names) > 1:
+        yield f"Different metrics in one table: {', '.join(names)}. They do not compare."
+    places = Counter((run.label, run.epsilon, run.seed) for run in runs)
+    if twice := sum(count > 1 for count in places.values()):
+        yield f"{twice} places of the table have several runs of one seed, which differ in something that is no axis."
+
+
+def _privacy(runs: Sequence[ReportedRun]) -> Iterator[str]:
+    seeded = sum(run.record.get("noise_seeded") is True for run in runs if math.isfinite(run.epsilon))
+    unsound = sum(run.guarantee is not None and run.guarantee.unsound for run in runs)
+    unsaid = sum(run.guarantee is None for run in runs)
+    if seeded:
+        yield (
+            f"{seeded} of {len(runs)} runs: noise seeded, not private. Anyone can repeat their noise; ε is what secret "
+            "noise would have given."
+        )
+    if unsound:
+        yield f"{unsound} of {len(runs)} runs: no guarantee, the mechanism releases something without noise."
+    if unsaid:
+        yield f"{unsaid} of {len(runs)} runs: the record states no guarantee; ε is the largest that a site reported."
