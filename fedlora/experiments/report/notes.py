@@ -6,7 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from fedlora.experiments.report.results import ReportedRun, clean
+from fedlora.experiments.report.results import ReportedRun, clean, found
+from fedlora.experiments.report.tuning import trials_note
+from fedlora.experiments.report.words import counted, epsilon_text
+from fedlora.privacy.units import Guarantee
 
 
 def notes_of(runs: Sequence[ReportedRun]) -> list[str]:
@@ -33,7 +36,7 @@ def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
 
 
 def _privacy(runs: Sequence[ReportedRun]) -> Iterator[str]:
-    seeded = sum(run.record.get("noise_seeded") is True for run in runs if math.isfinite(run.epsilon))
+    seeded = sum(run.guarantee is not None and run.guarantee.noise_seeded for run in runs if math.isfinite(run.epsilon))
     unsound = sum(run.guarantee is not None and run.guarantee.unsound for run in runs)
     unsaid = sum(run.guarantee is None for run in runs)
     if seeded:
@@ -45,3 +48,36 @@ def _privacy(runs: Sequence[ReportedRun]) -> Iterator[str]:
         yield f"{unsound} of {len(runs)} runs: no guarantee, the mechanism releases something without noise."
     if unsaid:
         yield f"{unsaid} of {len(runs)} runs: the record states no guarantee; ε is the largest that a site reported."
+    yield from _kinds_of_epsilon([run.guarantee for run in runs if run.guarantee and math.isfinite(run.epsilon)])
+    yield from _stops(runs)
+    if tuned := trials_note(runs):
+        yield tuned
+
+
+def _kinds_of_epsilon(stated: Sequence[Guarantee]) -> Iterator[str]:
+    """ε compares with ε only at one δ, for one unit and relation, by one accountant."""
+    units = Counter(f"{held.unit} by {held.relation}" for held in stated)
+    deltas = Counter(f"{held.delta:g}" for held in sorted(stated, key=lambda held: held.delta))
+    accountants = Counter(held.accountant.upper() for held in stated)
+    if len(units) > 1:
+        yield f"Different units of privacy in one table: {_runs_of(units)}. Their ε do not compare."
+    if len(deltas) > 1:
+        yield f"Different δ in one table: {_runs_of(deltas)}. At a larger δ the same noise has a smaller ε."
+    if len(accountants) > 1:
+        yield f"Different accountants in one table: {_runs_of(accountants)}. A smaller ε may be the accountant's."
+
+
+def _stops(runs: Sequence[ReportedRun]) -> Iterator[str]:
+    stopped = sum(found(run.record, "privacy", "resumed") is True for run in runs)
+    dearer = [run.spent for run in runs if run.spent is not None and run.epsilon < run.spent < math.inf]
+    if stopped:
+        yield f"{stopped} of {len(runs)} runs were stopped and went on; rounds that died are charged all the same."
+    if dearer:
+        yield (
+            f"{len(dearer)} of {len(runs)} runs were charged more than the ε that was asked for, up to "
+            f"ε = {epsilon_text(max(dearer))}: see what they cost."
+        )
+
+
+def _runs_of(counts: Counter[str]) -> str:
+    return clean(", ".join(f"{name} ({counted(count, 'run')})" for name, count in counts.items()))

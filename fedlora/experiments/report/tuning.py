@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.experiments.report.results import Results, clean, found, number
+from fedlora.experiments.report.results import ReportedRun, Results, clean, found, number
 from fedlora.experiments.report.words import epsilon_text
 
 UNKNOWN = "not in the record"
@@ -19,7 +19,7 @@ class Tuned:
     """One search for settings, and the runs that use what it found. All in words.
 
     Attributes:
-        covered: what ε says of the trials: "covered, ε = … with all trials", or that it does not include them.
+        covered: what ε says of the trials: what it is with all of them, that it leaves them out, or that they are free.
     """
 
     task: str
@@ -58,14 +58,49 @@ def _tuned(task: str, label: str, epsilons: Iterable[float], facts: Mapping[str,
         chosen_on=clean(facts.get("chosen_on", UNKNOWN)),
         trained_on=clean(facts.get("trained_on", UNKNOWN)),
         values=clean(UNKNOWN if shown is None else shown, 400),
-        covered=_covered(number(facts.get("epsilon_with_trials"))),
+        covered=_covered(facts),
         note=clean(facts.get("note") or "", 600),
     )
 
 
-def _covered(epsilon: float | None) -> str:
+def trials_note(runs: Sequence[ReportedRun]) -> str:
+    """What a table of `runs` leaves unsaid where their settings were chosen by trials; empty where none were."""
+    tuned = [facts for run in runs if isinstance(facts := found(run.record, "tuning"), Mapping) and facts]
+    if not tuned:
+        return ""
+    bounds = [_bound(facts) for facts in tuned]
+    finite = {bound for bound in bounds if bound is not None and math.isfinite(bound)}
+    rest = [_covered(facts) for facts, bound in zip(tuned, bounds, strict=True) if bound not in finite]
+    most = "up to " if len(finite) > 1 else ""
+    told = [f"{most}ε = {epsilon_text(max(finite))}{_at_delta(tuned)} with them"] if finite else []
+    cost = "; ".join(dict.fromkeys([*told, *rest]))
+    return f"Settings of {len(tuned)} of {len(runs)} runs were chosen by trials: {cost}."
+
+
+def _covered(facts: Mapping[str, Any]) -> str:
+    if free := _free(facts):
+        return free
+    epsilon = _bound(facts)
     if epsilon is None:
         return "ε of the runs does not include the trials"
     if math.isinf(epsilon):
         return "no privacy with the trials counted (ε = ∞)"
     return f"ε = {epsilon_text(epsilon)} with all trials counted"
+
+
+def _bound(facts: Mapping[str, Any]) -> float | None:
+    """ε of a run and its trials; None where it is not known, or where the trials were not counted."""
+    return None if _free(facts) else number(facts.get("epsilon_with_trials"))
+
+
+def _free(facts: Mapping[str, Any]) -> str:
+    """Why trials are not counted; empty where they are."""
+    if "costs_nothing" in facts:
+        return f"trials cost nothing, {clean(facts['costs_nothing'])}" if facts["costs_nothing"] else ""
+    by_word = "public" in str(facts.get("trained_on"))  # an old record, which tells it in words only
+    return "trials cost nothing, on the author's word" if by_word else ""
+
+
+def _at_delta(tuned: Sequence[Mapping[str, Any]]) -> str:
+    deltas = sorted({delta for facts in tuned if (delta := number(facts.get("delta"))) is not None})
+    return f" at δ = {' or '.join(f'{delta:g}' for delta in deltas)}" if deltas else ""

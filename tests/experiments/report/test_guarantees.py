@@ -10,6 +10,7 @@ import pytest
 
 from fedlora.experiments.report import build_report, read_results
 from fedlora.experiments.report.guarantees import guarantee_words, odds
+from fedlora.experiments.report.notes import notes_of
 from fedlora.experiments.runs.stored_run import StoredRun
 
 Stated = Callable[..., StoredRun]
@@ -74,3 +75,33 @@ def test_where_some_runs_have_none_the_bound_is_that_of_the_others(
 
 def test_odds_are_those_of_what_was_charged(folder_of: Callable[..., Path], stated: Stated) -> None:
     assert [row[0] for row in odds(read_results(folder_of([stated({}, charged=7.25)])))] == ["7.25"]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"delta": 1e-3}, "Different δ in one table: 1e-05 (2 runs), 0.001 (1 run)"),
+        ({"accountant": "rdp"}, "Different accountants in one table: PLD (2 runs), RDP (1 run)"),
+        ({"unit": "client"}, "Different units of privacy in one table: record by add/remove (2 runs), client"),
+    ],
+)
+def test_epsilon_of_different_kinds_in_one_table_is_said(
+    folder_of: Callable[..., Path], stated: Stated, other: dict[str, Any], said: str
+) -> None:
+    alike = [stated({}, seed=0), stated({}, seed=1), stated({"delta": 1e-3, "epsilon": "inf"}, epsilon="inf")]
+    assert notes_of(read_results(folder_of(alike)).runs) == []
+    (note,) = notes_of(read_results(folder_of([*alike, stated(other, seed=2)])).runs)
+    assert note.startswith(said)
+
+
+def test_runs_that_were_stopped_and_what_it_cost_them_are_said(folder_of: Callable[..., Path], stated: Stated) -> None:
+    runs = [
+        stated({}, seed=0),
+        stated({}, seed=1, privacy={"resumed": True}),
+        stated({}, seed=2, privacy={"resumed": True}, charged=7.10001),
+    ]
+    notes = notes_of(read_results(folder_of(runs)).runs)
+    assert notes == [
+        "2 of 3 runs were stopped and went on; rounds that died are charged all the same.",
+        "1 of 3 runs were charged more than the ε that was asked for, up to ε = 7.101: see what they cost.",
+    ]

@@ -171,6 +171,41 @@ def test_trials_that_cost_privacy_unseen_are_said(
     assert "ε of the runs does not include the trials" in text
 
 
+FREE = [
+    ({"trained_on": "a folder", "costs_nothing": "on the author's word"}, "trials cost nothing, on the author's word"),
+    ({"trained_on": "a generated corpus", "costs_nothing": "being generated"}, "trials cost nothing, being generated"),
+    ({"trained_on": "a folder, public by the author's word"}, "trials cost nothing, on the author's word"),
+    ({"trained_on": "a generated corpus, public by itself"}, "trials cost nothing, on the author's word"),
+]
+
+
+@pytest.mark.parametrize(("tuning", "said"), FREE)
+def test_trials_that_are_not_counted_are_not_called_counted(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun], tuning: dict[str, object], said: str
+) -> None:
+    text = tables_text(read_results(folder_of([stored(tuning=tuning | {"epsilon_with_trials": 8.8})])))
+    assert text.count(said) == 2, "beside the metric, and where searches are listed"
+    assert "with all trials counted" not in text
+    assert "8.8" not in text
+
+
+def test_a_table_says_that_settings_were_chosen_by_trials(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun]
+) -> None:
+    private = {"trained_on": "the hub's records, which count as private", "delta": 1e-5, "costs_nothing": ""}
+    runs = [
+        stored(seed=0),
+        stored(seed=1, tuning=private | {"epsilon_with_trials": 10.5}),
+        stored(seed=2, tuning=private | {"epsilon_with_trials": 11.10001}),
+        stored(seed=3, tuning=private | {"epsilon_with_trials": None}),
+        stored(seed=4, tuning=private | {"epsilon_with_trials": "inf"}),
+    ]
+    text = tables_text(read_results(folder_of(runs)))
+    before_costs = text[: text.index("What they cost")]
+    said = "Settings of 4 of 5 runs were chosen by trials: up to ε = 11.11 at δ = 1e-05 with them; "
+    assert said + "ε of the runs does not include the trials; no privacy with the trials counted" in before_costs
+
+
 def test_labels_cannot_break_out_of_a_table(folder_of: Callable[..., Path], stored: Callable[..., StoredRun]) -> None:
     text = tables_text(read_results(folder_of([stored(method="a|b\n<img src=x> **c** `d`")])))
     assert "a\\|b &lt;img src=x&gt; \\*\\*c\\*\\* \\`d\\`" in text
