@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 from pathlib import Path
@@ -155,14 +153,12 @@ def _gathered(folder: Path) -> Gathered:
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     """One column for each axis of a sweep, behind the rest."""
+    from fedlora.experiments.spreadsheet import csv_text
+
     axes = list(dict.fromkeys(axis for row in rows for axis in row["axes"]))
     columns = [name for name in (rows[0] if rows else ()) if name != "axes"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *(f"axis {axis}" for axis in axes)])
-    for row in rows:
-        writer.writerow([*(row[name] for name in columns), *(row["axes"].get(axis, "") for axis in axes)])
-    return text.getvalue()
+    cells = ([*(row[name] for name in columns), *(row["axes"].get(axis, "") for axis in axes)] for row in rows)
+    return csv_text([*columns, *(f"axis {axis}" for axis in axes)], cells)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from fedlora.experiments.report.comparison import Cell, Difference, cells_of, differences_of
+from fedlora.experiments.report.guarantees import guarantee_cell
 from fedlora.experiments.report.results import Left, ReportedRun, Results
 from fedlora.experiments.report.words import epsilon_text
+from fedlora.experiments.spreadsheet import csv_text
 
 _PLACE = ("task", "label", "epsilon")
-_COST = ("epsilon_spent", "sigma_min", "sigma_max", "bytes_up", "seconds")
+_COST = ("epsilon_spent", "sigma_min", "sigma_max", "bytes_up", "seconds", "guarantee")
 _ENDS = ("student_low", "student_high", "bootstrap_low", "bootstrap_high")
 _RUN = (
     *("folder", "config_digest", "role", "status", *_PLACE, "seed", "metric", "value", "epsilon_spent", "delta"),
@@ -26,30 +25,31 @@ def csv_files(results: Results) -> dict[str, str]:
     cells = cells_of(results)
     differences = differences_of(results)
     return {
-        "metric.csv": _csv((*_PLACE, "metric", "mean", "std", "n", "best"), map(_metric, cells)),
-        "differences.csv": _csv(
-            (*_PLACE, "baseline", "seeds", "mean", *_ENDS, "verdict"),
+        "metric.csv": csv_text((*_PLACE, "metric", "mean", "std", "n", "best", "guarantee"), map(_metric, cells)),
+        "differences.csv": csv_text(
+            (*_PLACE, "baseline", "seeds", "mean", *_ENDS, "verdict", "guarantee"),
             [_difference(entry, results.baseline) for entry in differences],
         ),
-        "costs.csv": _csv((*_PLACE, *_COST), map(_cost, cells)),
+        "costs.csv": csv_text((*_PLACE, *_COST), map(_cost, cells)),
         "runs.csv": runs_csv(results),
     }
 
 
 def runs_csv(results: Results) -> str:
     """One row per run that is no trial, whether it is in a table or not."""
-    return _csv(_RUN, [*map(_run, results.runs), *map(_left, results.left)])
+    return csv_text(_RUN, [*map(_run, results.runs), *map(_left, results.left)])
 
 
 def _metric(cell: Cell) -> list[Any]:
     place = [cell.task, cell.label, epsilon_cell(cell.epsilon), cell.runs[0].metric]
-    return [*place, cell.mean, cell.std, len(cell.runs), int(cell.best)]
+    return [*place, cell.mean, cell.std, len(cell.runs), int(cell.best), guarantee_cell(cell.runs)]
 
 
 def _difference(entry: Difference, baseline: str) -> list[Any]:
     epsilon = "pooled" if entry.epsilon is None else epsilon_cell(entry.epsilon)
     ends = (*entry.student, *entry.bootstrap) if entry.enough else ("",) * 4
-    return [entry.task, entry.label, epsilon, baseline, len(entry.values), entry.mean, *ends, entry.verdict]
+    found = [baseline, len(entry.values), entry.mean, *ends, entry.verdict]
+    return [entry.task, entry.label, epsilon, *found, guarantee_cell(entry.runs)]
 
 
 def _cost(cell: Cell) -> list[Any]:
@@ -60,6 +60,7 @@ def _cost(cell: Cell) -> list[Any]:
         *(sigma or ("", "")),
         cell.mean_of("bytes_up"),
         cell.mean_of("seconds"),
+        guarantee_cell(cell.runs),
     ]
 
 
@@ -81,11 +82,3 @@ def _left(entry: Left) -> list[Any]:
 def epsilon_cell(epsilon: float) -> str:
     """As tables print it, never less than it is; infinity as records write it."""
     return "inf" if math.isinf(epsilon) else epsilon_text(epsilon)
-
-
-def _csv(header: Sequence[str], rows: Any) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    return text.getvalue()

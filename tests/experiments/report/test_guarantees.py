@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedlora.experiments.report import build_report, read_results
+from fedlora.experiments.report.csv_files import csv_files
 from fedlora.experiments.report.guarantees import guarantee_words, odds
 from fedlora.experiments.report.notes import notes_of
 from fedlora.experiments.runs.stored_run import StoredRun
@@ -105,3 +108,24 @@ def test_runs_that_were_stopped_and_what_it_cost_them_are_said(folder_of: Callab
         "2 of 3 runs were stopped and went on; rounds that died are charged all the same.",
         "1 of 3 runs were charged more than the ε that was asked for, up to ε = 7.101: see what they cost.",
     ]
+
+
+def test_every_epsilon_of_a_csv_file_names_what_it_is_about(folder_of: Callable[..., Path], stated: Stated) -> None:
+    runs = [stated({}, method=method, seed=seed) for method in ("a", "b") for seed in range(2)]
+    runs += [stated(SEEDED, method="b", seed=2), stated(SEEDED, method="c", epsilon=1.0)]
+    runs += [stated({"epsilon": "inf"}, method="c", epsilon="inf"), stated(None, method="d")]
+    files = csv_files(read_results(folder_of(runs)))
+    bound = "ε upper bound, one record of one site, add/remove, δ = 1e-05, PLD; not covered: see tables.md"
+    seeded = "no guarantee: noise seeded, not private"
+    for name in ("metric.csv", "costs.csv"):
+        found = {(row["label"], row["epsilon"]): row["guarantee"] for row in csv.DictReader(io.StringIO(files[name]))}
+        assert found == {
+            ("a", "6"): bound,
+            ("b", "6"): f"2 of 3 runs: {bound} | 1 of 3 runs: {seeded}",
+            ("c", "1"): seeded,
+            ("c", "inf"): "no guarantee: ε = ∞, run without noise",
+            ("d", "6"): "no guarantee: the record states no guarantee",
+        }
+    differences = {row["label"]: row["guarantee"] for row in csv.DictReader(io.StringIO(files["differences.csv"]))}
+    assert differences["b"] == bound, "of the seeds that are paired"
+    assert differences["d"].startswith("1 of 2 runs: no guarantee")

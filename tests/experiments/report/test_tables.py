@@ -210,3 +210,17 @@ def test_labels_cannot_break_out_of_a_table(folder_of: Callable[..., Path], stor
     text = tables_text(read_results(folder_of([stored(method="a|b\n<img src=x> **c** `d`")])))
     assert "a\\|b &lt;img src=x&gt; \\*\\*c\\*\\* \\`d\\`" in text
     assert "<img" not in text
+
+
+def test_labels_are_no_formulas_in_a_spreadsheet(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun]
+) -> None:
+    runs = [stored(0.8 - i / 10, method=m, seed=s) for i, m in enumerate(("=1+1", "a")) for s in range(3)]
+    dead = StoredRun(folder="cells/dead", digest="d", role="cell", axes={"method": "b"}, error="@SUM(A1)")
+    files = csv_files(read_results(folder_of([*runs, dead])))
+    for name in ("metric.csv", "differences.csv", "costs.csv", "runs.csv"):
+        assert "'=1+1" in {text for row in rows(files[name]) for text in row.values()}, name
+        assert not any(text.startswith(("=", "@")) for row in rows(files[name]) for text in row.values()), name
+    assert any(float(row["mean"]) == pytest.approx(-0.1) for row in rows(files["differences.csv"])), (
+        "numbers are numbers"
+    )

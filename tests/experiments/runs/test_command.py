@@ -114,6 +114,12 @@ def test_filters_orders_and_conditions(folder: Path, runs: Runs) -> None:
     assert found("--sort", "value") == ["rte", "sst2-a", "sst2-b", "started"]
 
 
+def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path: Path, make_run: MakeRun, runs: Runs) -> None:
+    make_run(tmp_path / "runs" / "=1+1")
+    (row,) = csv.DictReader(io.StringIO(runs("list", tmp_path / "runs", "--csv").out))
+    assert (row["folder"], row["seed"]) == ("'=1+1", "0")
+
+
 def test_programs_get_all_digits_and_no_infinity(folder: Path, runs: Runs) -> None:
     rows = {row["folder"]: row for row in json.loads(runs("list", folder, "--json").out, parse_constant=pytest.fail)}
     assert (rows["sst2-a"]["epsilon_spent"], rows["sst2-b"]["epsilon_spent"]) == (2.00001, "inf")
@@ -264,6 +270,19 @@ def test_what_a_store_calls_a_run_is_not_trusted(tmp_path: Path, make_run: MakeR
     with pytest.raises(StoreError, match="left as it is"):
         remove_run(root, name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_trials_stay_since_other_records_count_them(tmp_path: Path, make_run: MakeRun, runs: Runs) -> None:
+    root = tmp_path / "sweep"
+    trial, cell = make_run(root / "trials" / "0123"), make_run(root / "cells" / "4567")
+    said = runs("rm", "4567", "0123", "--in", root, "--yes")
+    assert said.code == 2
+    assert "trials/0123 is a trial and is left as it is" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert trial.is_dir()
+    assert cell.is_dir()
+    assert runs("rm", "4567", "--in", root, "--yes").code == 0
+    assert not cell.exists()
 
 
 def test_links_and_other_folders_are_left_alone(tmp_path: Path, make_run: MakeRun, runs: Runs) -> None:
