@@ -20,11 +20,11 @@ _CAPTION = (
     "Hatched: no such module."
 )
 _CELL = 0.3  # inches
-_GAP, _HEAD, _FOOT, _LEFT = 1.2, 1.9, 4.4, 1.6  # in cells: between blocks, above one, below the last, left of the first
+_GAP, _HEAD, _FOOT, _LEFT = 1.2, 1.9, 6.0, 1.6  # in cells: between blocks, above one, below the last, left of the first
 
 
-def draw_choices(maps: Sequence[ChoiceMap], folder: Path, name: str) -> str:
-    """Write NAME.png and NAME.svg for the maps of one task; returns the name."""
+def draw_choices(maps: Sequence[ChoiceMap], note: str, folder: Path, name: str) -> str:
+    """Write NAME.png and NAME.svg for the maps of one task, with a `note` on their ε; returns the name."""
     labels, epsilons = list(dict.fromkeys(m.label for m in maps)), sorted({m.epsilon for m in maps})
     rows, columns = max(len(m.layers) for m in maps) + _HEAD, max(len(m.kinds) for m in maps) + _GAP
     width, height = len(epsilons) * columns + _LEFT, len(labels) * rows + _FOOT + 1.6
@@ -40,7 +40,7 @@ def draw_choices(maps: Sequence[ChoiceMap], folder: Path, name: str) -> str:
         for place, epsilon in enumerate(epsilons):
             last = [m for m in maps if m.epsilon == epsilon][-1]
             _kinds(axes, last, (place * columns, labels.index(last.label) * rows + _HEAD + len(last.layers)))
-        explain(figure, _CAPTION)
+        explain(figure, _CAPTION, note)
         return save(figure, folder, name)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.experiments.report.comparison import Cell, cells_of
+from fedlora.experiments.report.guarantees import figure_note
 from fedlora.experiments.report.results import ReportedRun, Results
 from fedlora.experiments.report.statistics import CONFIDENCE, FEWEST_PAIRS, spread
 from fedlora.experiments.report.style import (
@@ -34,7 +35,7 @@ _BY_EPSILON = (
 )
 _BY_BYTES = (
     "Public validation data, means over seeds. Bytes are sent up by all sites together in a whole run. "
-    "The paler a mark, the more private; hollow: no privacy."
+    "The paler a mark, the {paler}; hollow: no privacy."
 )
 _BY_ROUND = "Public validation data. Lines: means over seeds; bands: one standard deviation to either side."
 
@@ -69,9 +70,9 @@ def _metric_by_epsilon(results: Results, cells: Sequence[Cell], folder: Path) ->
                 _line_by_epsilon(panel, results, [cell for cell in own if cell.label == label], scale)
             scale.draw(panel)
             _title(panel, own[0])
-            panel.set_xlabel("ε")
+            panel.set_xlabel("ε asked")
         legend(figure, handles)
-        explain(figure, _BY_EPSILON)
+        explain(figure, _BY_EPSILON, figure_note(results.runs))
         return save(figure, folder, "metric_by_epsilon")
 
 
@@ -114,7 +115,9 @@ def _metric_by_bytes(results: Results, cells: Sequence[Cell], folder: Path) -> s
             panel.set_xlabel("MB sent up")
             panel.set_xlim(left=0)
         legend(figure, handles)
-        explain(figure, _BY_BYTES)
+        promised = all(run.promised for run in results.runs if math.isfinite(run.epsilon))
+        paler = "more private" if promised else "smaller the ε that was asked for"
+        explain(figure, _BY_BYTES.format(paler=paler), figure_note(results.runs))
         return save(figure, folder, "metric_by_bytes")
 
 
@@ -164,7 +167,7 @@ def _learning_curves(results: Results, task: str, folder: Path, name: str) -> st
             if panel is not axes[0]:
                 panel.sharey(axes[0])
         legend(figure, label_handles(results, lines=True))
-        explain(figure, _BY_ROUND)
+        explain(figure, _BY_ROUND, figure_note(runs))
         return save(figure, folder, name)
 
 

@@ -44,9 +44,8 @@ def figure_note(runs: Sequence[ReportedRun]) -> str:
         unit, place = _bounds([guarantee for _, guarantee in held])
         notes.append(f"ε: upper bound for {unit} {place}; {_ELSEWHERE}.")
     if others:
-        notes.append(
-            f"Nothing is promised by {counted(len(others), 'other run') if held else 'any ε here'}: {_reasons(others)}."
-        )
+        which = f"{counted(len(others), 'other run')} (costs.csv says which)" if held else "any ε here"
+        notes.append(f"Nothing is promised by {which}: {_reasons(others)}.")
     return " ".join(notes)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedlora.experiments.report.choice_figure import draw_choices
 from fedlora.experiments.report.figures import slug
+from fedlora.experiments.report.guarantees import figure_note
 from fedlora.experiments.report.modules import choice_maps, noise_shares
 from fedlora.experiments.report.results import Results
 from fedlora.experiments.report.style import FAINT, drawing, explain, label_handles, legend, look, panels, plain, save
@@ -26,7 +27,8 @@ def draw_module_figures(results: Results, folder: Path) -> list[str]:
         name = f"{place + 1}_{slug(task)}"
         own = [entry for entry in maps if entry.task == task]
         if own:
-            names.append(draw_choices(own, folder, f"modules_{name}"))
+            chosen = [run for entry in own for run in results.of(task, entry.label, entry.epsilon)]
+            names.append(draw_choices(own, figure_note(chosen), folder, f"modules_{name}"))
         if shares := noise_shares(results, task):
             names.append(_draw_noise(results, task, shares, folder, f"noise_by_layer_{name}"))
     return names
@@ -55,5 +57,5 @@ def _draw_noise(
             panel.set_ylabel("noise's share of energy")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(figure, label_handles(results, lines=True))
-        explain(figure, _NOISE)
+        explain(figure, _NOISE, figure_note([run for at in shares for run in results.of(task, *at)]))
         return save(figure, folder, name)

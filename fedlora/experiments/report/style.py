@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#882255")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 INK, FAINT = "#222222", "#8a8a8a"
-_PANEL, _GAPS, _FOOT = (3.7, 3.0), (0.75, 0.75), 1.0  # inches: width and height with gaps, gaps, below the last row
+_PANEL, _GAPS, _FOOT = (3.7, 3.0), (0.75, 0.75), 1.35  # inches: width and height with gaps, gaps, below the last row
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -112,10 +112,11 @@ def panels(plt: Any, count: int, names: Sequence[str]) -> tuple[Figure, list[Axe
     return figure, [figure.add_subplot(grid[place // columns, place % columns]) for place in range(count)]
 
 
-def explain(figure: Figure, text: str) -> None:
-    """A caption below everything, folded to the figure's width."""
+def explain(figure: Figure, *texts: str) -> None:
+    """A caption below everything, each of `texts` from a line of its own and folded to the figure's width."""
     width = int(figure.get_size_inches()[0] * 16)
-    figure.text(0.01, 0.01, folded(text, width), fontsize=7.5, color="#555555", ha="left", va="bottom")
+    caption = "\n".join(folded(text, width) for text in texts if text)
+    figure.text(0.01, 0.01, caption, fontsize=7.5, color="#555555", ha="left", va="bottom")
 
 
 def legend_columns(width: float, names: Sequence[str]) -> int:

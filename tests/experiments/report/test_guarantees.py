@@ -12,7 +12,7 @@ import pytest
 
 from fedlora.experiments.report import build_report, read_results
 from fedlora.experiments.report.csv_files import csv_files
-from fedlora.experiments.report.guarantees import guarantee_words, odds
+from fedlora.experiments.report.guarantees import figure_note, guarantee_words, odds
 from fedlora.experiments.report.notes import notes_of
 from fedlora.experiments.runs.stored_run import StoredRun
 
@@ -42,6 +42,7 @@ def test_where_no_run_has_a_guarantee_nothing_is_called_a_bound(
     folder = folder_of([stated(guarantee, seed=seed) for seed in range(2)])
     results = read_results(folder)
     (said,) = guarantee_words(results)
+    assert figure_note(results.runs).startswith("Nothing is promised by any ε here: ")
     assert said.startswith("No run here has a guarantee: nothing is promised about any record")
     assert "(2 runs)" in said
     assert odds(results) == []
@@ -129,3 +130,34 @@ def test_every_epsilon_of_a_csv_file_names_what_it_is_about(folder_of: Callable[
     differences = {row["label"]: row["guarantee"] for row in csv.DictReader(io.StringIO(files["differences.csv"]))}
     assert differences["b"] == bound, "of the seeds that are paired"
     assert differences["d"].startswith("1 of 2 runs: no guarantee")
+
+
+@pytest.fixture
+def caption(drawn: list[Any]) -> Callable[[int], str]:
+    """What stands at the foot of a figure, as one line."""
+    return lambda place: " ".join(drawn[place].texts[-1].get_text().split())
+
+
+def test_figures_say_what_their_epsilon_bounds(
+    folder_of: Callable[..., Path], stated: Stated, tmp_path: Path, drawn: list[Any], caption: Callable[[int], str]
+) -> None:
+    slots = [{"name": "m.query/B", "layer": 0, "kind": "query", "energy": 2.0, "noise_energy": 1.0}]
+    kinds = [{"layer": 0, "type": kind, "selected": kind == "query"} for kind in ("query", "value")]
+    runs = [stated({}, seed=seed, slots=slots, selection={"candidates": kinds}) for seed in range(2)]
+    build_report(folder_of(runs), tmp_path / "out")
+    assert len(drawn) == 10, "five figures, each as PNG and SVG"
+    bound = "ε: upper bound for one record of one site (add/remove) at δ = 1e-05, by PLD accounting; not covered: see"
+    assert all(bound in caption(place) for place in range(10))
+    assert "The paler a mark, the more private" in caption(2)
+
+
+def test_figures_of_seeded_runs_call_them_not_private(
+    folder_of: Callable[..., Path], stated: Stated, tmp_path: Path, drawn: list[Any], caption: Callable[[int], str]
+) -> None:
+    runs = [stated(SEEDED, seed=0), stated({}, epsilon=1.0), stated({"epsilon": "inf"}, epsilon="inf")]
+    build_report(folder_of(runs), tmp_path / "out")
+    said = "Nothing is promised by 1 other run (costs.csv says which): noise seeded, not private"
+    assert all(said in caption(place) for place in range(len(drawn)))
+    assert all("upper bound" in caption(place) for place in range(len(drawn)))
+    assert "more private" not in caption(2)
+    assert "the smaller the ε that was asked for" in caption(2)
