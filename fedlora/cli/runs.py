@@ -225,11 +225,11 @@ def _short_names(folders: list[str]) -> list[str]:
 
 
 def _spent(row: dict[str, Any]) -> str:
-    from fedlora.experiments.terminal import shown_epsilon
+    from fedlora.experiments.terminal import shown_spent
 
     if row["epsilon_spent"] is None:
-        return ""
-    spent = shown_epsilon(row["epsilon_spent"])
+        return "unknown, not ended" if row["status"] == "unfinished" else ""
+    spent = shown_spent(row["epsilon_spent"], row["status"])
     return f"not private ({spent})" if row["private"] == 0 and spent != "∞" else spent  # its noise was seeded
 
 

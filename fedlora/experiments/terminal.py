@@ -33,6 +33,13 @@ def shown_epsilon(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon):g}"
 
 
+def shown_spent(epsilon: float, status: str) -> str:
+    """ε of a stored run; only where it is done do its rounds tell all: those that died were charged, too."""
+    if status == "done" or math.isinf(epsilon):
+        return shown_epsilon(epsilon)
+    return f"at least {shown_epsilon(epsilon)}{', not ended' if status == 'unfinished' else ''}"
+
+
 def shown_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fedlora.config import RunConfig
 from fedlora.experiments.run_folder import to_json
 from fedlora.experiments.runs.stored_run import StoredRun
+from fedlora.experiments.terminal import shown_spent
 
 _CODE = ("fedlora_version", "code_digest", "model_digest", "versions", "execution")
 _RESULTS = ("metrics", "private_evaluation", "bytes_up", "bytes_down", "peak_memory_bytes")
@@ -39,10 +40,15 @@ def code_apart(left: StoredRun, right: StoredRun) -> list[Difference]:
 def results_apart(left: StoredRun, right: StoredRun) -> list[Difference]:
     """Spent ε, metrics, traffic and time, where they differ."""
     found = [
-        {"status": run.status, "ε spent": run.epsilon_spent, **_some(run, _RESULTS), "seconds": run.seconds}
+        {"status": run.status, "ε spent": _spent(run), **_some(run, _RESULTS), "seconds": run.seconds}
         for run in (left, right)
     ]
     return _between(*found)
+
+
+def _spent(run: StoredRun) -> float | str | None:
+    spent = run.epsilon_spent
+    return spent if spent is None or run.status == "done" else shown_spent(spent, run.status)
 
 
 def _some(run: StoredRun, names: Sequence[str]) -> dict[str, Any]:

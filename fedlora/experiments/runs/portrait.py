@@ -13,7 +13,7 @@ from fedlora.config import RunConfig
 from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.runs.differences import Difference, code_apart, from_defaults, results_apart, settings_apart
 from fedlora.experiments.runs.stored_run import StoredRun
-from fedlora.experiments.terminal import one_line, print_rows, shown_bytes, shown_epsilon
+from fedlora.experiments.terminal import one_line, print_rows, shown_bytes, shown_epsilon, shown_spent
 from fedlora.privacy.units import Guarantee
 
 _SPENT = ("client", "n", "phase", "mechanism", "effective σ", "q", "steps", "ε of all", "δ")
@@ -54,7 +54,9 @@ def _heading(run: StoredRun) -> dict[str, str]:
         rows["what"] = f"{run.role} {rows['what']}"
     if run.record is None:
         spent = run.epsilon_spent
-        rows["rounds"] = f"{len(run.rounds)} so far" + ("" if spent is None else f", ε = {shown_epsilon(spent)} spent")
+        rows["rounds"] = f"{len(run.rounds)} so far"
+        if spent is not None:
+            rows["ε spent"] = shown_spent(spent, run.status)
         if run.settings:
             rows["asked"] = str(Guarantee.from_config(_config(run)))
         return rows

@@ -51,7 +51,11 @@ class StoredRun:
 
     @property
     def epsilon_spent(self) -> float | None:
-        """The largest ε of any site, rounds that were charged twice among it; so far, where the run has not ended."""
+        """The largest ε of any site, rounds that were charged twice among it.
+
+        Without a record no more than a lower bound, that of the rounds that are done: only the ledger knows of rounds
+        that died, and they are charged.
+        """
         if self.record is None:
             return max((float(line["epsilon_max"]) for line in self.rounds if "epsilon_max" in line), default=None)
         privacy = self.record.get("privacy", {})  # not in old records

@@ -83,7 +83,23 @@ def test_in_a_pipe_every_run_is_one_line(folder: Path, runs: Runs) -> None:
         ["rte", "rte", "ffa", "not", "private", "(6)", "0.5000", "accuracy", "75", "s", "done"],
         ["sst2-a", "sst2", "ffa", "2.001", "0.8125", "accuracy", "75", "s", "done"],
         ["sst2-b", "sst2", "ffa", "∞", "0.9000", "accuracy", "75", "s", "done"],
-        ["started", "sst2", "ffa", "2.001", "3", "s", "unfinished,", "rounds", "so", "far:", "2"],
+        [
+            "started",
+            "sst2",
+            "ffa",
+            "at",
+            "least",
+            "2.001,",
+            "not",
+            "ended",
+            "3",
+            "s",
+            "unfinished,",
+            "rounds",
+            "so",
+            "far:",
+            "2",
+        ],
     ]
     assert "\x1b" not in said.out
 
@@ -200,13 +216,33 @@ def test_show_names_settings_that_are_not_the_default(folder: Path, runs: Runs) 
     [
         ("sst2-b", "guarantee  no guarantee: ε = ∞, run without noise"),
         ("rte", "guarantee  no guarantee: noise seeded, not private"),
-        ("started", "rounds  2 so far, ε = 2.001 spent"),
+        ("started", "ε spent  at least 2.001, not ended"),
     ],
 )
 def test_show_promises_nothing_that_is_not_kept(folder: Path, runs: Runs, name: str, words: str) -> None:
     out = runs("show", name, "--in", folder).out
     assert words in out
     assert "not covered" not in out
+
+
+def test_a_run_that_has_not_ended_may_have_spent_more_than_its_rounds_say(
+    tmp_path: Path, make_run: MakeRun, runs: Runs
+) -> None:
+    """Rounds that died are charged, and no line of rounds.jsonl tells of them."""
+    root = tmp_path / "runs"
+    make_run(root / "early", finished=False, rounds=0)
+    make_run(root / "late", finished=False, rounds=4)
+    make_run(root / "seeded", "privacy.seeded_noise=true", finished=False)
+    with Store.create(root) as store:
+        store.put(StoredRun(folder="failed", digest="d", error="no client answered", rounds=[{"epsilon_max": 2.5}]))
+    said = runs("list", root).out
+    spent = {row.split()[0]: row for row in said.splitlines() if " failed: " not in row}
+    assert "unknown, not ended" in spent["early"]
+    assert "  at least 4.001, not ended" in spent["late"]
+    assert "not private (at least 2.001, not ended)" in spent["seeded"]
+    assert "  at least 2.5  " in spent["failed"]
+    assert "at least 2.5" in runs("show", "failed", "--in", root).out
+    assert "at least 4.001, not ended" in runs("diff", "late", "failed", "--in", root).out
 
 
 def test_diff_shows_what_differs_and_nothing_else(folder: Path, runs: Runs) -> None:
