@@ -238,7 +238,5 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise StoreError(f"cannot read {path}: {error.strerror}; the run is left out") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise StoreError(
-            f"{path} is damaged ({reason}) and left out; put a good copy there, or remove the run"
-        ) from error
+        raise StoreError(f"{path} is damaged ({reason}) and left out; put a good copy there") from error
     return record

@@ -25,11 +25,16 @@ def check_removable(root: Path, name: str) -> None:
         name: of the run, as the store has it. Stores come from other machines too, so it is not trusted.
 
     Raises:
-        StoreError: it is another place, a link, or no run folder.
+        StoreError: it is another place, a link, no run folder, or a trial, which other runs' records count.
     """
     parts = PurePosixPath(name).parts
     if not parts or "/".join(parts[:-1]) not in PLACES or parts[-1] in ("..", "/") or parts[-1].startswith("."):
         raise StoreError(f"{name!r} is not the folder of a run in {root} and is left as it is")
+    if PLACES["/".join(parts[:-1])] == "trial":
+        raise StoreError(
+            f"{name} is a trial and is left as it is: what it released counts in the ε of the cells that were "
+            f"chosen by it; the whole sweep can go with its folder, {root}"
+        )
     folder = root / name
     if folder.is_symlink() or folder.resolve() != root.resolve() / name:
         raise StoreError(f"{folder} is a link to another place and is left as it is; remove it by hand if you mean it")
