@@ -25,7 +25,7 @@ library_name: peft
 
 - **Guarantee**: {guarantee}
 - **Not covered**: {"anything" if guarantee.flaws else guarantee.not_covered}
-- **{metric["name"]}**: {metric["value"]:.4f} on public {metric["split"]}
+{_tuned(record)}- **{metric["name"]}**: {metric["value"]:.4f} on public {metric["split"]}
 - **Adapted**: {_adapted(record)}
 - **Trained**: rank {adapter["rank"]}, {federation["rounds"]} rounds of {federation["local_steps"]} private steps,
   by fedlora {record["fedlora_version"]}
@@ -33,6 +33,11 @@ library_name: peft
 
 `fedlora.load(FOLDER)` returns the ready classifier. `head.json` says what plain PEFT needs to know beside it.
 """
+
+
+def _tuned(record: Mapping[str, Any]) -> str:
+    """How a sweep chose the run's settings and what that cost besides, where it did."""
+    return f"- **Chosen by trials**: {record['tuning']['note']}\n" if record.get("tuning") else ""
 
 
 def _adapted(record: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def privacy_report(record: Record) -> str:
         "What is not covered": [words.NOT_COVERED],
         "Digests (SHA-256)": [_digests(record)],
     }
-    parts = [title, _verdict(guarantee, record)]
+    parts = [title, *filter(None, (_verdict(guarantee, record), _tuned(guarantee, record)))]
     for heading, texts in sections.items():
         if said := [*filter(None, texts)]:
             parts += [f"## {heading}", *said]
@@ -53,6 +53,13 @@ def _verdict(guarantee: Guarantee, record: Record) -> str:
     alike = len({float(facts["epsilon"]) for facts in record["clients"]}) == 1
     whose = words.SPENT_ALIKE if alike else words.SPENT_MOST.format(site=record["privacy"]["worst_client"])
     return "\n\n".join(filter(None, (f"**{guarantee}.** {whose}", _resumed(record))))
+
+
+def _tuned(guarantee: Guarantee, record: Record) -> str:
+    """A sweep's trials come before the run, and what they cost is no part of its own ε."""
+    if not (facts := record.get("tuning")):
+        return ""
+    return " ".join(filter(None, (words.TUNED, "" if guarantee.flaws else words.TUNED_ALONE, facts["note"])))
 
 
 def _plain_words(guarantee: Guarantee) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 SPENT_MOST = "That is site {site}, which spent most; no site spent more."
 SPENT_ALIKE = "That holds for each site by itself; all that took part spent the same."
 
+TUNED = "**The settings of this run were chosen by trials.**"
+TUNED_ALONE = "The ε above is that of this run alone."
+
 PROMISED = """\
 Protected is one {unit} of one site: two versions of a site's data that differ in one {unit} ({relation}) are to look
 alike from outside. "Outside" is everything that left the site in this run, and everything made of it: the adapter, this

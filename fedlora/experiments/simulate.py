@@ -17,10 +17,9 @@ from fedlora.data.public_texts import refuse_training_records
 from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import choose_execution
 from fedlora.errors import RunFolderError
-from fedlora.experiments.model_card import model_card
+from fedlora.experiments.account import write_account
 from fedlora.experiments.plots import plot_curve
 from fedlora.experiments.privacy_facts import Resumption, oversight_facts, privacy_facts, resumption_of
-from fedlora.experiments.privacy_report import privacy_report
 from fedlora.experiments.record import guarantee_of, make_record
 from fedlora.experiments.run_folder import RunFolder, to_json
 from fedlora.experiments.selection_plot import plot_selection
@@ -393,9 +392,7 @@ def _finish(
     if selection is not None:
         folder.write_selection(selection.to_json())
         plot_selection(folder.selection_plot, selection, guarantee=str(guarantee_of(record)))
-    (folder.adapter_folder / "README.md").write_text(model_card(record), encoding="utf-8")
-    folder.privacy_file.write_text(privacy_report(record), encoding="utf-8")
-    folder.write_record(record)
+    write_account(folder, record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
     return record

@@ -18,6 +18,7 @@ import tomli_w
 from fedlora.errors import ConfigError, RunFolderError
 from fedlora.experiments.run_folder import replace_file
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
+from fedlora.experiments.sweeps.tuning_groups import replaced_trials
 from fedlora.schema import shown
 
 
@@ -106,4 +107,6 @@ def _difference(earlier: Sweep, sweep: Sweep) -> str | None:
         for label, settings in old_axis.values.items():
             if new_axis.values.get(label, settings) != settings:
                 return f"other settings for {old_axis.name} {label}"
-    return "another [tune]" if earlier.tune != sweep.tune else None
+    if earlier.tune != sweep.tune:
+        return "another [tune]"
+    return replaced_trials(earlier, sweep) if sweep.tune else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fedlora.errors import StoreError
 from fedlora.experiments.run_folder import RunFolder, to_json
@@ -124,10 +124,12 @@ class SweepRun:
         try:
             run = self._stored(cell)
             if self.tuning is not None and cell.role == "cell" and run.record is not None:
-                folder.write_record({**run.record, "tuning": self.tuning.facts(cell, self.results, run.record)})
+                facts = self.tuning.facts(cell, self.results, run.record, self.folder.path)
+                _rewrite(folder, {**run.record, "tuning": facts})
                 run = self._stored(cell)
         except StoreError as damaged:
-            return self._failed(cell, f"{damaged}; delete {folder.path} to run it again")
+            what = "it counts as tried and failed" if cell.role == "trial" else f"delete {folder.path} to run it again"
+            return self._failed(cell, f"{damaged}; {what}")
         return run
 
     def _stored(self, cell: Cell) -> StoredRun:
@@ -148,6 +150,13 @@ class SweepRun:
             error=error,
             config=to_json(cell.config.to_mapping()),
         )
+
+
+def _rewrite(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """A run is over before anyone knows what its trials cost: its report and the adapter's card have to say it too."""
+    from fedlora.experiments.account import write_account  # and with it torch, which no other part of this needs
+
+    write_account(folder, record)
 
 
 def _progress(folder: RunFolder, cell: Cell) -> float:

@@ -100,7 +100,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """Everything that is left open, key by key."""
+    """Everything that is left open, by name of its keys: in which order they are written decides no draw and no tie."""
 
     dimensions: tuple[Choice | Range, ...]
 
@@ -116,7 +116,7 @@ class Space:
                 "[tune.space] is empty, so there is nothing to choose; give values such as "
                 "training.learning_rate = [2.0, 8.0], or leave [tune] out"
             )
-        return cls(dimensions=tuple(_dimension(name, entry) for name, entry in table.items()))
+        return cls(dimensions=tuple(_dimension(name, table[name]) for name in sorted(table)))
 
     @property
     def size(self) -> float:

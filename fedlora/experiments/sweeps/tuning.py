@@ -23,8 +23,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from fedlora.experiments.runs.stored_run import StoredRun
@@ -32,10 +33,10 @@ from fedlora.experiments.sweeps.sweep import Cell, Settings, Sweep, label_of
 from fedlora.experiments.sweeps.tree_parzen import TreeParzen
 from fedlora.experiments.sweeps.tune_table import TuneTable
 from fedlora.experiments.sweeps.tuning_facts import Search
+from fedlora.experiments.sweeps.tuning_groups import Group, Labels, groups_of, key_of
 
 Results = Mapping[str, StoredRun]
 """Runs that are done or failed, by the digest of their cell."""
-Labels = tuple[str, ...]
 
 _REPORTED = {"data.validation_part": "reporting"}
 
@@ -59,23 +60,12 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Points of the sweep that share one choice."""
-
-    labels: Mapping[str, str]
-    """By axis of `per`."""
-    settings: Settings
-    """Of its trials, but for what is tried."""
-    points: tuple[Labels, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The choices of a sweep. Use `of`."""
 
     sweep: Sweep
     table: TuneTable
-    groups: tuple[_Group, ...]
+    groups: tuple[Group, ...]
     _trials: dict[str, Trial] = field(default_factory=dict, repr=False, compare=False)
     """Made before: a configuration takes milliseconds to check."""
     _parzen: dict[Labels, TreeParzen] = field(default_factory=dict, repr=False, compare=False)
@@ -90,10 +80,10 @@ class Tuning:
         if not sweep.tune:
             return None
         table = TuneTable.of(sweep)
-        tuning = cls(sweep=sweep, table=table, groups=tuple(_groups(sweep, table)))
+        tuning = cls(sweep=sweep, table=table, groups=tuple(groups_of(sweep, table)))
         table.check_count(len(tuning.groups))
         for group in tuning.groups:
-            for configuration in table.samples(_key(tuning, group)):
+            for configuration in table.samples(key_of(sweep, table, group)):
                 tuning._trial(group, configuration)
         sweep.cells({point: {**table.space.first, **_REPORTED} for group in tuning.groups for point in group.points})
         return tuning
@@ -121,12 +111,13 @@ class Tuning:
             for point in group.points
         }
 
-    def facts(self, cell: Cell, results: Results, record: Mapping[str, Any]) -> dict[str, Any]:
+    def facts(self, cell: Cell, results: Results, record: Mapping[str, Any], place: Path) -> dict[str, Any]:
         """The key "tuning" of a cell's record: how its settings were chosen, on what, and at which price.
 
         Args:
             results: with those of all trials that the choice rests on.
             record: of the cell itself.
+            place: the sweep's folder, where failed trials have ledgers.
         """
         group = next(group for group in self.groups if group.labels.items() <= cell.axes.items())
         planned = {digest: cell for trial in self._proposed(group, results) for digest, cell in trial.runs.items()}
@@ -139,12 +130,13 @@ class Tuning:
             values=best.values if best else {},
             runs=[run for digest, run in results.items() if digest in planned or _of_group(run, group)],
             planned={digest: cell.config for digest, cell in planned.items()},
+            place=place,
         )
         return search.facts(record)
 
-    def _proposed(self, group: _Group, results: Results) -> list[Trial]:
+    def _proposed(self, group: Group, results: Results) -> list[Trial]:
         if self.table.how != "optuna":
-            return [self._trial(group, configuration) for configuration in self.table.fixed(_key(self, group))]
+            return [self._trial(group, configuration) for configuration in self.table.fixed(self._key(group))]
 
         def answer(configuration: Settings) -> tuple[bool, float | None]:
             trial = self._trial(group, configuration)
@@ -153,12 +145,15 @@ class Tuning:
 
         parzen = self._parzen.setdefault(
             tuple(group.labels.values()),
-            TreeParzen(space=self.table.space, key=_key(self, group), batch=self.table.batch),
+            TreeParzen(space=self.table.space, key=self._key(group), batch=self.table.batch),
         )
         found = parzen.proposed(self.table.configurations, answer)
         return [self._trial(group, configuration) for configuration in found]
 
-    def _trial(self, group: _Group, configuration: Settings) -> Trial:
+    def _key(self, group: Group) -> str:
+        return key_of(self.sweep, self.table, group)
+
+    def _trial(self, group: Group, configuration: Settings) -> Trial:
         name = json.dumps([dict(group.labels), dict(configuration)])
         if name not in self._trials:
             tried = {key: label_of(value) for key, value in configuration.items()}
@@ -173,11 +168,11 @@ class Tuning:
             self._trials[name] = Trial(values=configuration, runs={cell.digest: cell for cell in cells})
         return self._trials[name]
 
-    def _all_ended(self, group: _Group, results: Results) -> bool:
+    def _all_ended(self, group: Group, results: Results) -> bool:
         trials = self._proposed(group, results)
         return len(trials) == self.table.configurations and all(trial.ended(results) for trial in trials)
 
-    def _best(self, group: _Group, results: Results) -> Trial | None:
+    def _best(self, group: Group, results: Results) -> Trial | None:
         """The first of those with the largest value; None until all have ended, or if all failed."""
         if not self._all_ended(group, results):
             return None
@@ -186,25 +181,6 @@ class Tuning:
         return max(valued, key=lambda pair: pair[1])[0] if valued else None
 
 
-def _groups(sweep: Sweep, table: TuneTable) -> Iterator[_Group]:
-    """In the order of their first points, which give trials the settings of axes outside `per`."""
-    found: dict[Labels, list[tuple[dict[str, str], dict[str, Any]]]] = {}
-    for labels, settings in sweep.points():
-        found.setdefault(tuple(labels[axis] for axis in table.per), []).append((labels, settings))
-    for shared, points in found.items():
-        settings = {**points[0][1], **table.settings, "data.validation_part": "tuning"}
-        yield _Group(
-            labels=dict(zip(table.per, shared, strict=True)),
-            settings=settings,
-            points=tuple(tuple(labels.values()) for labels, _ in points),
-        )
-
-
-def _of_group(run: StoredRun, group: _Group) -> bool:
+def _of_group(run: StoredRun, group: Group) -> bool:
     """Whether it was a trial for these points, also one that would not be proposed now, as with another Optuna."""
     return run.role == "trial" and group.labels.items() <= run.axes.items()
-
-
-def _key(tuning: Tuning, group: _Group) -> str:
-    """What decides chance: the space and the group, so that cells can be added to a sweep and trials stay."""
-    return json.dumps([tuning.table.how, tuning.sweep.tune["space"], dict(group.labels)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 
 from fedlora.errors import RunFolderError, StoreError
+from fedlora.experiments.account import write_account
+from fedlora.experiments.model_card import model_card
+from fedlora.experiments.privacy_report import privacy_report
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.runs.store import Store
 from fedlora.experiments.runs.stored_run import StoredRun
@@ -25,6 +29,8 @@ from fedlora.experiments.sweeps.run import SweepRun
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.worker import Job, Worker
 from fedlora.experiments.sweeps.workers import LocalWorkers, Workers
+from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.ledger import DataSet, Ledger
 
 MakeSweep = Callable[..., Path]
 GRID = "[grid]\nprivacy.epsilon = [inf, 6.0]\nrun.seed = [0, 1]\n"
@@ -290,6 +296,156 @@ def test_two_processes_do_not_run_one_sweep(whole: tuple[Path, dict[str, StoredR
         pass
     with SweepFolder.claimed(out, sweep) as folder:
         assert folder.read_sweep() == sweep
+
+
+HALF = "data.validation_part=reporting"
+TUNE = "[tune]\nper = []\n[tune.space]\ntraining.learning_rate = [0.5, 1.0]\n"
+METHODS = "[axes.method]\n%s\n%s\n"
+A, B = "a = { adapter.rank = 2 }", "b = { adapter.rank = 3 }"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (METHODS % (B, A) + TUNE, "trials at method a, not b"),
+        (METHODS % (A, B) + '[[exclude]]\nmethod = "a"\n' + TUNE, "trials at method a, not b"),
+        (METHODS % (B, "") + TUNE, "trials at method a, not b"),
+        (METHODS % (A, B) + TUNE, ""),
+        (METHODS % (B, A) + TUNE + "[tune.set]\nadapter.rank = 4\n", r"another \[tune\]"),
+    ],
+    ids=["in front", "excluded", "gone", "behind", "another tune"],
+)
+def test_trials_that_were_run_are_not_replaced(tiny_config: Any, tmp_path: Path, text: str, message: str) -> None:
+    """They were released, and the choice would forget them."""
+    first, other = (
+        Sweep.from_toml(make_file(tiny_config, tmp_path, t, HALF)) for t in (METHODS % (A, "") + TUNE, text)
+    )
+    with SweepFolder.claimed(tmp_path / "out", first):
+        pass
+    refusal = pytest.raises(RunFolderError, match=message) if message else contextlib.nullcontext()
+    with refusal as refused, SweepFolder.claimed(tmp_path / "out", other):
+        pass
+    assert refused is None or "\n" not in str(refused.value)
+
+
+def test_labels_may_change_places_where_trials_do_not_depend_on_them(tiny_config: Any, tmp_path: Path) -> None:
+    for table in (TUNE + "[tune.set]\nadapter.rank = 4\n", TUNE.replace("per = []", 'per = ["method"]')):
+        sweeps = [
+            Sweep.from_toml(make_file(tiny_config, tmp_path, METHODS % x + table, HALF)) for x in ((A, B), (B, A))
+        ]
+        out = tmp_path / str(len(table))
+        for sweep in sweeps:
+            with SweepFolder.claimed(out, sweep):
+                pass
+
+
+# ------------------------------------------------------------------------------------------------------------- tuning
+
+ONE_CELL = "[grid]\nrun.seed = [0]\n" + TUNE
+SECRET = ("privacy.seeded_noise=false", "privacy.epsilon=6", HALF)
+
+
+class Killed(BaseException):
+    pass
+
+
+def said(out: Path, run: StoredRun) -> tuple[str, str, dict[str, Any]]:
+    """PRIVACY.md, the adapter's card and the record."""
+    place = out / run.folder
+    record = json.loads((place / "record.json").read_text())
+    return (place / "PRIVACY.md").read_text(), (place / "adapter" / "README.md").read_text(), record
+
+
+def cell_of(runs: dict[str, StoredRun]) -> StoredRun:
+    (cell,) = (run for run in runs.values() if run.role == "cell")
+    return cell
+
+
+def test_a_cells_report_and_card_say_what_its_record_says_of_trials(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = make_file(tiny_config, tmp_path, ONE_CELL, *SECRET), tmp_path / "out"
+    cell = cell_of(go(file, out, Here()))
+    report, card, record = whole = said(out, cell)
+    note = record["tuning"]["note"]
+    assert "All of them with this run cost a record of a site at most ε = " in note
+    assert record["tuning"]["epsilon_with_trials"] > record["privacy"]["guarantee"]["epsilon"]
+    verdict = report.split("## In plain words")[0]
+    assert "The ε above is that of this run alone." in verdict
+    assert note in verdict
+    assert note in card
+    assert (privacy_report(record), model_card(record)) == (report, card)
+    for name in ("README.partial", "PRIVACY.partial", "record.partial"):  # killed when it wrote this
+        without = {key: value for key, value in record.items() if key != "tuning"}
+        shutil.rmtree(out / cell.folder / "adapter" / name, ignore_errors=True)
+        write_account(RunFolder(out / cell.folder), without)
+        (out / "runs.sqlite").unlink()
+        monkeypatch.setattr(Path, "replace", stopping_at(name))
+        with pytest.raises(Killed):
+            go(file, out, Here())
+        monkeypatch.undo()
+        assert "tuning" not in said(out, cell)[2], "it is not done"
+        again = Here()
+        go(file, out, again)
+        assert said(out, cell) == whole
+
+
+def stopping_at(name: str) -> Callable[[Path, Path], Path]:
+    replace = Path.replace
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name == name:
+            raise Killed
+        return replace(self, target)
+
+    return stop
+
+
+def test_a_trial_that_was_killed_again_and_again_and_failed_is_charged_for_all_of_it(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the record says is no less than what the ledgers of all runs add up to."""
+    from fedlora.federation.cohort import Cohort
+
+    file, out = make_file(tiny_config, tmp_path, ONE_CELL, *SECRET), tmp_path / "out"
+    whole_runs = go(file, tmp_path / "undisturbed", Here())
+    run, fault = Cohort.run, [Killed] * 5 + [RuntimeError]
+
+    def dying(self: Cohort, instruction: Any) -> Iterator[Any]:
+        config = self.workbench.config
+        for update in run(self, instruction):
+            if config.run.seed == 1000 and config.training.learning_rate == 0.5 and instruction.round_index == 2:
+                raise fault.pop(0)("dead")
+            yield update
+
+    monkeypatch.setattr(Cohort, "run", dying)
+    for _ in range(5):
+        with pytest.raises(Killed):
+            go(file, out, Here())
+    runs = go(file, out, Here())
+    assert not fault
+    facts = cell_of(runs).record["tuning"]  # type: ignore[index]
+    assert facts["failed"] == 1
+    charges = []
+    for path in sorted(out.glob("*/*/ledger.sqlite")):
+        with contextlib.closing(Ledger.read(path)) as ledger:
+            charges += ledger.charges(DataSet(fingerprint="client 0", name="client 0"))
+    assert sum(charge.num_steps for charge in charges) == 3 * 3 + 5
+    assert facts["epsilon_with_trials"] >= epsilon(charges, facts["delta"])
+    assert facts["epsilon_with_trials"] > 1.05 * cell_of(whole_runs).record["tuning"]["epsilon_with_trials"]  # type: ignore[index]
+
+
+def test_a_trials_damaged_record_asks_nobody_to_run_it_again(tiny_config: Any, tmp_path: Path) -> None:
+    file, out = make_file(tiny_config, tmp_path, ONE_CELL, *SECRET), tmp_path / "out"
+    runs = go(file, out, Here())
+    victim = next(run for run in runs.values() if run.role == "trial")
+    record = out / victim.folder / "record.json"
+    record.write_text(record.read_text()[:1000])
+    (out / "runs.sqlite").unlink()
+    error = go(file, out, Here())[victim.digest].error
+    assert "it counts as tried and failed" in error
+    assert "delete" not in error
+    assert "remove" not in error
 
 
 # ------------------------------------------------------------------------------------------------------------ processes

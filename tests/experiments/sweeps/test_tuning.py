@@ -121,7 +121,7 @@ def test_a_grid_tries_every_combination_for_each_task_with_each_seed(tmp_path: P
     assert {(c.role, c.config.data.validation_part, c.config.privacy.epsilon) for c in trials} == {
         ("trial", "tuning", 3.0)
     }
-    assert trials[0].name == "task sst2, learning_rate 2, clip_norm 0.5, seed 1000"
+    assert trials[0].name == "task sst2, clip_norm 0.5, learning_rate 2, seed 1000"
 
 
 def test_trials_and_cells_share_neither_seeds_nor_validation_records(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def facts_of(
     cell = next(c for c in sweep.cells(tuning.chosen(results)) if c.config.privacy.epsilon == 6.0)
     own = ran(cell, 0.9).record
     assert own is not None
-    facts = tuning.facts(cell, results, own)
+    facts = tuning.facts(cell, results, own, folder)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     return facts
 
@@ -363,6 +363,8 @@ def test_a_record_says_how_its_settings_were_chosen(tmp_path: Path) -> None:
         "space": {"training": {"learning_rate": [2.0, 8.0]}, "privacy": {"clip_norm": [0.5, 1.0]}},
         "configurations": 4,
         "runs": 8,
+        "runs_charged": 8,
+        "costs_nothing": "",
         "failed": 0,
         "seeds": [1000, 1001],
         "trained_on": "the hub's records, which count as private",
@@ -395,7 +397,11 @@ def test_trials_on_public_records_cost_nothing(tmp_path: Path, change: tuple[str
     facts = facts_of(tmp_path, PRIVATE.replace(*change))
     assert facts["epsilon_with_trials"] == pytest.approx(epsilon([Charge(0.02, 0.8, 100)], 1e-5), rel=1e-3)
     assert facts["trained_on"].endswith(said)
-    assert "cost these sites no privacy" in facts["note"]
+    assert facts["runs_charged"] == 0
+    why = {True: "on the word of the sweep's author", False: "since they trained on a generated corpus"}
+    assert facts["costs_nothing"] == why["author" in said]
+    assert f"The trials cost these sites nothing, {facts['costs_nothing']}." in facts["note"]
+    assert "All of them" not in facts["note"], "they are in no sum"
 
 
 def test_a_generated_corpus_that_stands_for_private_records_is_charged(tmp_path: Path) -> None:
@@ -442,6 +448,51 @@ def test_a_trial_that_would_not_be_proposed_now_is_charged_all_the_same(tmp_path
     whole, facts = facts_of(tmp_path, PRIVATE), facts_of(tmp_path, PRIVATE, with_a_stray)
     assert (facts["configurations"], facts["runs"]) == (5, 9)
     assert facts["epsilon_with_trials"] > whole["epsilon_with_trials"]
+
+
+DULL = """
+[tune]
+how = "optuna"
+trials = 20
+seeds = [1000, 1001]
+[tune.set]
+privacy.epsilon = 3.0
+[tune.space]
+training.learning_rate = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+privacy.clip_norm = [0.3, 0.5, 1.0, 2.0]
+"""
+
+
+def test_proposals_that_are_alike_are_charged_as_planned(tmp_path: Path) -> None:
+    """How many are alike follows from what was released; the number of charged runs must not."""
+    from fedlora.privacy.accounting import Charge, epsilon
+
+    def by_chance(number: int) -> Score:
+        return lambda cell: random.Random(f"{number} {cell.name.partition(', seed')[0]}").random()
+
+    made = set()
+    for number in range(6):
+        score = by_chance(number)
+        facts = facts_of(tmp_path, PRIVATE.replace(GRID, DULL), lambda tuning, score=score: finished(tuning, score))
+        made.add(facts["runs"])
+        assert facts["runs"] == 2 * facts["configurations"]
+        assert facts["runs_charged"] == 40
+        assert facts["epsilon_with_trials"] == pytest.approx(epsilon([Charge(0.02, 0.8, 4100)], 1e-5), rel=1e-3)
+        assert "The 40 trial runs that were planned with this run cost" in facts["note"]
+        assert f"{facts['configurations']} configurations in {facts['runs']} trial runs" in facts["note"]
+    assert max(made) < 40
+    assert len(made) > 1, "or this shows nothing"
+
+
+def test_in_which_order_keys_are_written_changes_no_trial(tmp_path: Path) -> None:
+    """Also that of a sweep.toml, in which ranges come after lists."""
+    rate = "training.learning_rate = { low = 0.1, high = 100.0, log = true }\n"
+    for table in (PARZEN, RANDOM):
+        text = ONE_TASK + table.replace(rate, "") + rate
+        assert text != ONE_TASK + table
+        first, second = tuning_of(tmp_path, ONE_TASK + table), tuning_of(tmp_path, text)
+        assert list(finished(first)) == list(finished(second))
+        assert first.chosen(finished(first)) == second.chosen(finished(second))
 
 
 def test_a_choice_of_what_decides_the_noise_has_no_number(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
+from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import simulate
-from fedlora.experiments.sweeps.trial_cost import OUTSIDE_THE_PLAN, cost_with_trials
+from fedlora.experiments.sweeps.trial_charges import OUTSIDE_THE_PLAN, Unrecorded
+from fedlora.experiments.sweeps.trial_cost import cost_with_trials
+from fedlora.privacy.accounting import Charge
+from fedlora.privacy.ledger import DataSet, Ledger, Request
 from fedlora.privacy.plan import make_plan
 
 Site = tuple[float, float, int]
@@ -119,23 +125,89 @@ def test_rounds_done_anew_are_charged_twice() -> None:
     assert cost.epsilon == pytest.approx(composed([(0.02, 0.8, 120)], releases=3), rel=2e-3)
 
 
-def test_a_failed_trial_is_charged_as_its_twin_was() -> None:
-    site, failed = (0.02, 0.8, 100), RunConfig().with_overrides("run.seed=7", "training.learning_rate=1e6")
-    failed = failed.with_overrides("federation.local_steps=10")
-    cost = cost_with_trials(record(site), [record(site, seed=7)], [failed])
-    assert cost.epsilon == pytest.approx(composed([site] * 3, releases=3), rel=2e-3)
+SITE = (0.02, 0.8, 100)
+PLAN = RunConfig().with_overrides("run.seed=7", "federation.local_steps=10", "training.learning_rate=1e6")
+"""Of a trial that failed: as those of `record`, but for what costs nothing."""
 
 
-@pytest.mark.parametrize("change", ["training.expected_batch_size=64", "run.seed=8", "federation.rounds=11"])
-def test_a_failed_trial_without_a_twin_has_no_known_cost(change: str) -> None:
-    site = (0.02, 0.8, 100)
-    failed = RunConfig().with_overrides("run.seed=7", "federation.local_steps=10", change)
-    cost = cost_with_trials(record(site), [record(site, seed=7)], [failed])
+def folder_of(place: Path, rounds: int, *, abandoned: int = 0) -> RunFolder:
+    """Of a run whose site 0 was charged for the release and for some rounds of 10 steps, `abandoned` of them anew."""
+    folder = RunFolder(place)
+    place.mkdir()
+    folder.mark_asked(0)
+    with contextlib.closing(Ledger.open(folder.ledger_file)) as ledger:
+
+        def charge(index: int, purpose: str, price: Charge) -> None:
+            owner = DataSet(fingerprint="client 0", name="client 0")
+            request = Request(data_set=owner, charge=price, run="r", round_index=index, purpose=purpose)
+            ledger.settle(ledger.reserve([request]))
+
+        charge(0, "prototype", Charge(1.0, 20.0, 1))
+        for index in range(1, rounds + 1):
+            for _ in range(abandoned if index == rounds else 0):
+                charge(index, "finetune", Charge(0.02, 0.8, 10))
+                ledger.abandon("r", from_round=index)
+            charge(index, "finetune", Charge(0.02, 0.8, 10))
+    return folder
+
+
+def test_a_failed_trial_counts_as_all_that_was_planned(tmp_path: Path) -> None:
+    """How far it got, and that nothing is left of it, can follow from what was released."""
+    wanted = pytest.approx(composed([SITE] * 3, releases=3), rel=2e-3)
+    for folder in (None, RunFolder(tmp_path / "never made"), folder_of(tmp_path / "stopped", rounds=3)):
+        failed = Unrecorded(config=PLAN, folder=folder)
+        assert cost_with_trials(record(SITE), [record(SITE, seed=7)], [failed]).epsilon == wanted
+        twin_was_stopped = cost_with_trials(record(SITE), [record(SITE, seed=7, again=2)], [failed])
+        assert twin_was_stopped.epsilon == pytest.approx(composed([(0.02, 0.8, 320)], releases=5), rel=2e-3)
+
+
+def test_what_a_failed_trial_did_anew_is_charged_by_its_ledger(tmp_path: Path) -> None:
+    """Killed five times in its last round, then it failed."""
+    failed = Unrecorded(config=PLAN, folder=folder_of(tmp_path / "run", rounds=10, abandoned=5))
+    cost = cost_with_trials(record(SITE), [record(SITE, seed=7)], [failed])
+    assert cost.epsilon == pytest.approx(composed([SITE, SITE, (0.02, 0.8, 150)], releases=3), rel=2e-3)
+
+
+def test_a_ledger_that_says_more_than_the_plan_is_believed(tmp_path: Path) -> None:
+    failed = Unrecorded(config=PLAN, folder=folder_of(tmp_path / "run", rounds=14))
+    cost = cost_with_trials(record(SITE), [record(SITE, seed=7)], [failed])
+    assert cost.epsilon == pytest.approx(composed([SITE, SITE, (0.02, 0.8, 140)], releases=3), rel=2e-3)
+
+
+@pytest.mark.parametrize("fault", ["lost", "emptied", "another file", "altered"])
+def test_a_failed_trial_whose_ledger_cannot_be_read_has_no_known_cost(tmp_path: Path, fault: str) -> None:
+    folder = folder_of(tmp_path / "run", rounds=2)
+    if fault == "lost":
+        folder.ledger_file.unlink()
+    elif fault == "altered":
+        with sqlite3.connect(folder.ledger_file) as connection:
+            connection.execute("UPDATE entry SET noise_multiplier = 80 WHERE id = 3")
+        connection.close()
+    else:
+        folder.ledger_file.write_text("" if fault == "emptied" else "no ledger " * 500)
+    cost = cost_with_trials(record(SITE), [record(SITE, seed=7)], [Unrecorded(config=PLAN, folder=folder)])
+    assert cost.epsilon is None
+    assert "its ledger" in cost.reason
+
+
+def test_a_failed_trial_with_a_seed_of_its_own_counts_as_the_dearest() -> None:
+    """Nothing tells of which sizes its sites were."""
+    failed = Unrecorded(config=PLAN.with_overrides("run.seed=8"))
+    cost = cost_with_trials(record(SMALL), [record(SMALL, LARGE, seed=7)], [failed])
+    worst = max(composed([SMALL, site, (0.05, 0.6, 100)], releases=3) for site in (SMALL, LARGE))
+    assert cost.epsilon == pytest.approx(worst, rel=2e-3)
+
+
+@pytest.mark.parametrize("change", ["training.expected_batch_size=64", "federation.rounds=11"])
+def test_a_failed_trial_with_a_plan_of_its_own_has_no_known_cost(change: str) -> None:
+    failed = Unrecorded(config=PLAN.with_overrides(change))
+    cost = cost_with_trials(record(SITE), [record(SITE, seed=7)], [failed])
     assert cost.epsilon is None
     assert "failed" in cost.reason
-    assert cost_with_trials(record(site), [], [None]).epsilon is None
-    seeded = failed.with_overrides("privacy.seeded_noise=true")
-    assert cost_with_trials(record(site), [], [seeded]).epsilon == math.inf
+    assert cost_with_trials(record(SITE), [], [Unrecorded(config=PLAN)]).epsilon is None
+    assert cost_with_trials(record(SITE), [record(SITE)], [Unrecorded(config=None)]).epsilon is None
+    seeded = Unrecorded(config=PLAN.with_overrides("privacy.seeded_noise=true"))
+    assert cost_with_trials(record(SITE), [record(SITE, seed=7)], [seeded]).epsilon == math.inf
 
 
 def test_a_site_that_never_answered_has_no_known_cost() -> None:
