@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,17 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fedlora.experiments.report import Results
+
+_GAP, _LABEL = 2, 10  # signs between columns, and room that a long label gets at the least
+_SHOWN: Mapping[str, Mapping[str, bool]] = {
+    "mean ± std (seeds)": {"std": True, "seeds": True},
+    "mean ± std": {"std": True, "seeds": False},
+    "mean": {"std": False, "seeds": False},
+}
+"""What a table shows of each value: the first for which there is room."""
 
 
 def report(
@@ -23,6 +33,8 @@ def report(
     from fedlora.experiments.report import read_results, write_report
 
     console = Console(markup=False, highlight=False)  # a label may hold brackets
+    if not console.is_terminal:
+        console.width = 10_000
     results = read_results(sweep_dir)
     place = out or (sweep_dir if sweep_dir.is_dir() else sweep_dir.parent) / "report"
     with Console(stderr=True).status("drawing"):
@@ -33,32 +45,53 @@ def report(
 
 
 def _print(console: Console, results: Results) -> None:
-    """The main result: mean ± standard deviation by label and ε, and what is in no table."""
-    from rich.table import Table
-    from rich.text import Text
+    """The main result by label and ε, what ε is about, and what is in no table."""
+    from fedlora.experiments.report.guarantees import guarantee_words
+    from fedlora.experiments.report.tables import left_out
 
-    from fedlora.experiments.report.comparison import cells_of
-    from fedlora.experiments.report.tables import left_out, value_text
-    from fedlora.experiments.report.words import epsilon_title
-
-    cells = cells_of(results)
     for task in results.tasks:
-        by_place = {(cell.label, cell.epsilon): cell for cell in cells if cell.task == task}
-        epsilons = [e for e in results.epsilons if any(epsilon == e for _, epsilon in by_place)]
-        metric = results.of(task)[0].metric.replace("_", " ")
-        table = Table(title=Text(f"{task}: {metric}, mean ± std (seeds)"), title_justify="left")
-        table.add_column(Text(results.axis))
-        for epsilon in epsilons:
-            table.add_column(epsilon_title(epsilon).replace(" (", "\n("), justify="right")
-        for label in results.labels:
-            row = [by_place.get((label, epsilon)) for epsilon in epsilons]
-            if any(row):
-                found = [
-                    Text(value_text(cell), style="bold" if cell.best else "") if cell else Text("") for cell in row
-                ]
-                table.add_row(Text(label), *found)
-        console.print(table)
+        console.print(_table(results, task, console.width))
+    for line in guarantee_words(results):
+        console.print(line)
     for title, entries in left_out(results):
         console.print(f"{title}; the first, {entries[0].folder}: {entries[0].why}")
     if results.num_trials:
         console.print(f"{results.num_trials} trials for settings are in no table")
+
+
+def _table(results: Results, task: str, width: int) -> Table:
+    """As much of each value as `width` has room for, so that none is folded; labels may be."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedlora.experiments.report.comparison import cells_of
+    from fedlora.experiments.report.tables import value_text
+    from fedlora.experiments.report.words import epsilon_title
+
+    by_place = {(cell.label, cell.epsilon): cell for cell in cells_of(results) if cell.task == task}
+    epsilons = [e for e in results.epsilons if any(epsilon == e for _, epsilon in by_place)]
+    labels = [name for name in results.labels if any((name, epsilon) in by_place for epsilon in epsilons)]
+    heads = [epsilon_title(epsilon).replace(" (", "\n(") for epsilon in epsilons]
+    room = width - min(max(map(len, labels)), _LABEL) - _GAP
+    for what, parts in _SHOWN.items():
+        texts = {place: value_text(cell, **parts) for place, cell in by_place.items()}
+        if not parts["std"]:
+            heads = [head.partition("\n")[0] for head in heads]
+        if sum(_wide(texts, epsilon, head) + _GAP for epsilon, head in zip(epsilons, heads, strict=True)) <= room:
+            break
+    metric = results.of(task)[0].metric.replace("_", " ")
+    table = Table(title=Text(f"{task}: {metric}, {what}"), title_justify="left", box=None, padding=(0, _GAP, 0, 0))
+    table.add_column(Text(results.axis), overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for label in labels:
+        cells = [by_place.get((label, epsilon)) for epsilon in epsilons]
+        shown = [texts.get((label, epsilon), "") for epsilon in epsilons]
+        styles = ["bold" if cell and cell.best else "" for cell in cells]
+        table.add_row(Text(label), *map(Text, shown, styles))
+    return table
+
+
+def _wide(texts: Mapping[tuple[str, float], str], epsilon: float, head: str) -> int:
+    """Signs in the column of ε."""
+    return max(len(text) for text in (*head.split("\n"), *(t for (_, e), t in texts.items() if e == epsilon)))

@@ -42,9 +42,10 @@ def tables_text(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def value_text(cell: Cell) -> str:
-    spread = "" if cell.std is None else f" ± {cell.std:.4f}"
-    return f"{cell.mean:.4f}{spread} ({len(cell.runs)})"
+def value_text(cell: Cell, *, std: bool = True, seeds: bool = True) -> str:
+    """Mean, standard deviation where there is one, and number of seeds."""
+    spread = "" if cell.std is None or not std else f" ± {cell.std:.4f}"
+    return f"{cell.mean:.4f}{spread}{f' ({len(cell.runs)})' if seeds else ''}"
 
 
 def difference_row(entry: Difference) -> tuple[str, str, str, str, str]:

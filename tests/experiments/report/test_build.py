@@ -133,6 +133,42 @@ def test_a_run_of_seconds_from_the_command_line(
     assert (folder / "report" / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("width", "epsilons", "shown"),
+    [
+        (100, 4, "0.8000 ± 0.0100 (3)"),
+        (80, 3, "0.8000 ± 0.0100 (3)"),
+        (80, 4, "0.8000 ± 0.0100"),
+        (80, 7, "0.8000"),
+        (50, 4, "0.8000"),
+    ],
+)
+def test_no_value_is_folded_in_a_terminal(
+    folder_of: Callable[..., Path],
+    stored: Callable[..., StoredRun],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
+    epsilons: int,
+    shown: str,
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": str(width)}.items():
+        monkeypatch.setenv(name, value)
+    asked = [*(float(number) for number in range(1, epsilons)), "inf"]
+    runs = [
+        stored(0.79 + seed / 100, method=method, epsilon=epsilon, seed=seed)
+        for method in ("plain", "with fixed shapes")
+        for epsilon in asked
+        for seed in range(3)
+    ]
+    assert run(monkeypatch, "report", folder_of(runs)) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    (row,) = [line for line in text.splitlines() if line.startswith("plain")]
+    assert re.split(r" {2,}", row.strip()) == ["plain", *[shown] * epsilons]
+    assert all(len(line.rstrip()) <= width for line in text.splitlines()[: text.splitlines().index(row)])
+    assert "at δ = 1e-05" in " ".join(text.split())
+
+
 def broken(folder: Path, kind: str) -> None:
     path = folder / "runs.sqlite"
     if kind == "damaged":
