@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedlora.experiments.report import Results
+    from fedlora.experiments.report.comparison import Cell
 
 _GAP, _LABEL = 2, 10  # signs between columns, and room that a long label gets at the least
 _SHOWN: Mapping[str, Mapping[str, bool]] = {
@@ -65,20 +66,12 @@ def _table(results: Results, task: str, width: int) -> Table:
     from rich.text import Text
 
     from fedlora.experiments.report.comparison import cells_of
-    from fedlora.experiments.report.tables import value_text
-    from fedlora.experiments.report.words import epsilon_title
 
     by_place = {(cell.label, cell.epsilon): cell for cell in cells_of(results) if cell.task == task}
     epsilons = [e for e in results.epsilons if any(epsilon == e for _, epsilon in by_place)]
     labels = [name for name in results.labels if any((name, epsilon) in by_place for epsilon in epsilons)]
-    heads = [epsilon_title(epsilon).replace(" (", "\n(") for epsilon in epsilons]
     room = width - min(max(map(len, labels)), _LABEL) - _GAP
-    for what, parts in _SHOWN.items():
-        texts = {place: value_text(cell, **parts) for place, cell in by_place.items()}
-        if not parts["std"]:
-            heads = [head.partition("\n")[0] for head in heads]
-        if sum(_wide(texts, epsilon, head) + _GAP for epsilon, head in zip(epsilons, heads, strict=True)) <= room:
-            break
+    what, heads, texts = _fitting(by_place, epsilons, room)
     metric = results.of(task)[0].metric.replace("_", " ")
     table = Table(title=Text(f"{task}: {metric}, {what}"), title_justify="left", box=None, padding=(0, _GAP, 0, 0))
     table.add_column(Text(results.axis), overflow="fold")
@@ -92,6 +85,22 @@ def _table(results: Results, task: str, width: int) -> Table:
     return table
 
 
-def _wide(texts: Mapping[tuple[str, float], str], epsilon: float, head: str) -> int:
-    """Signs in the column of ε."""
-    return max(len(text) for text in (*head.split("\n"), *(t for (_, e), t in texts.items() if e == epsilon)))
+def _fitting(
+    by_place: Mapping[tuple[str, float], Cell], epsilons: Sequence[float], room: int
+) -> tuple[str, list[str], dict[tuple[str, float], str]]:
+    """What is shown of each value, heads of the columns, and values by label and ε."""
+    from fedlora.experiments.report.tables import value_text
+    from fedlora.experiments.report.words import epsilon_title
+
+    for what, parts in _SHOWN.items():
+        heads = [epsilon_title(epsilon).replace(" (", "\n(") for epsilon in epsilons]
+        if not parts["std"]:
+            heads = [head.partition("\n")[0] for head in heads]
+        texts = {place: value_text(cell, **parts) for place, cell in by_place.items()}
+        lines = [
+            [*head.split("\n"), *(t for (_, e), t in texts.items() if e == epsilon)]
+            for head, epsilon in zip(heads, epsilons, strict=True)
+        ]
+        if sum(max(map(len, column)) + _GAP for column in lines) <= room:
+            return what, heads, texts
+    return what, heads, texts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from fedlora.errors import ConfigError, FedloraError, RunInterrupted
 
 if TYPE_CHECKING:
     from fedlora.experiments.sweeps.folder import SweepFolder
+    from fedlora.experiments.sweeps.run import Ended
     from fedlora.experiments.sweeps.sweep import Cell, Sweep
     from fedlora.experiments.sweeps.tuning import Tuning
     from fedlora.experiments.sweeps.workers import Workers
@@ -49,22 +51,31 @@ def sweep(
         raise ConfigError("--ray and --workers: the cluster decides how many cells run at once; leave --workers out")
     asked = Sweep.from_toml(file, overrides or [])
     cells, tuning = asked.cells(), Tuning.of(asked)  # all of them now, so that no mistake waits for the last
+    open_trackers(track or [])
     if dry_run:
         _print_forecast(cells, tuning, _local_workers(workers, threads)[0])
         return
-    open_trackers(track or [])
     path = out or Path("runs") / file.stem
-    settings = [part for override in overrides or [] for part in ("--set", override)]
-    again = shlex.join(["fedlora", "sweep", str(file), *settings, "--out", str(path)])
-    with SweepFolder.claimed(path, asked) as folder, _start_workers(workers, threads, ray, ray_gpus) as running:
-        done, failed = _run(asked, folder, running, track or [], again)
-        if done:
+    again = _command(
+        file,
+        {"--set": overrides, "--out": [path], "--workers": [workers], "--threads": [threads if threads > 1 else None]}
+        | {"--ray": [ray], "--ray-gpus": [ray_gpus or None], "--track": track},
+    )
+    with _start_workers(workers, threads, ray, ray_gpus) as running, SweepFolder.claimed(path, asked) as folder:
+        ended = _run(asked, folder, running, track or [], again)
+        if ended.done:
             _report(path)
-    if failed:
-        raise FedloraError(
-            f"{failed} of {done + failed} cells failed; `fedlora runs list {shlex.quote(str(path))} --status "
-            f"failed` says why, and {again} tries them again"
-        )
+    if not ended.whole:
+        retry = f"; {again} tries failed cells again" if ended.failed_cells else ""
+        raise FedloraError(f"{ended}; `fedlora runs list {shlex.quote(str(path))} --status failed` says why{retry}")
+
+
+def _command(file: Path, options: Mapping[str, Sequence[object] | None]) -> str:
+    """What was typed, as far as it was."""
+    words = ["fedlora", "sweep", str(file)]
+    for name, values in options.items():
+        words += [str(word) for value in values or () if value is not None for word in (name, value)]
+    return shlex.join(words)
 
 
 def _start_workers(
@@ -88,27 +99,27 @@ def _local_workers(asked: int | None, threads: int) -> tuple[int, int]:
     return asked or accelerators or max(1, len(os.sched_getaffinity(0)) // threads), accelerators
 
 
-def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], again: str) -> tuple[int, int]:
+def _run(sweep: Sweep, folder: SweepFolder, workers: Workers, track: list[str], again: str) -> Ended:
     """Run what is not done.
 
-    Returns:
-        How many cells and trials are done, and how many failed.
-
     Raises:
-        RunInterrupted: by Ctrl-C.
+        RunInterrupted: by Ctrl-C or SIGTERM.
     """
     from fedlora.experiments.runs.store import Store
     from fedlora.experiments.sweeps.progress import SweepProgress
     from fedlora.experiments.sweeps.run import SweepRun
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what takes too long
     with Store.create(folder.path) as store:
         running = SweepRun.open(sweep, folder, store, track)
         try:
             with SweepProgress() as progress:
                 running.go(workers, progress)
         except KeyboardInterrupt:
-            raise RunInterrupted(f"interrupted, cells done: {running.count('done')}; {again} goes on") from None
-        return running.count("done"), running.count("failed")
+            raise RunInterrupted(f"interrupted, {running.ended()}; {again} goes on") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return running.ended()
 
 
 def _print_forecast(cells: Sequence[Cell], tuning: Tuning | None, workers: int) -> None:
@@ -120,6 +131,7 @@ def _print_forecast(cells: Sequence[Cell], tuning: Tuning | None, workers: int) 
 
 
 def _report(folder: Path) -> None:
-    from fedlora.experiments.report import build_report
+    from fedlora.cli.report import report
 
-    typer.echo(f"report: {build_report(folder, folder / 'report')}")
+    report(folder)
+    typer.echo(f"runs     fedlora runs list {shlex.quote(str(folder))}")

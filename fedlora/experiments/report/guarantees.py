@@ -17,8 +17,8 @@ def guarantee_words(results: Results) -> list[str]:
     """What every ε of the report is about: unit, relation, δ, accountant, and what it leaves open."""
     held, others = _divided(results.runs)
     if not held:
-        why = f" ({_reasons(others)}). Any ε here counts what was asked, and bounds nothing" if others else ""
-        return [f"No run here has a guarantee: nothing is promised about any record{why}."]
+        why = f" {_reasons(others)}. Any ε here counts what was asked for, and bounds nothing." if others else ""
+        return [f"No run here has a guarantee: nothing is promised about any record.{why}"]
     whose = f" of the {counted(len(held), 'run')} with a guarantee" if others else ""
     unit, place = _bounds([guarantee for _, guarantee in held])
     return [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from fedlora.errors import ConfigError
 from fedlora.experiments.sweeps.worker import Job, Worker
 
+_PATIENCE = 5.0  # seconds
 _worker: Worker | None = None  # of a Ray process, which does many jobs and keeps what they share
 
 
@@ -36,6 +38,7 @@ class RayWorkers:
             raise ConfigError("--ray needs Ray; install the extra: pip install 'fedlora[ray]', or leave --ray out")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        _check_answers(address)
         import ray
 
         self._ray = ray
@@ -69,6 +72,23 @@ class RayWorkers:
         except self._ray.exceptions.RayError as failure:
             return f"Ray could not run it ({type(failure).__name__}); its own logs say why"
         return error
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for a cluster without end.
+
+    Raises:
+        ConfigError: nobody listens there.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray {address}: nobody answers there ({error}); start a cluster with `ray start`"
+        ) from error
 
 
 def _run_job(job: Job) -> str:

@@ -65,5 +65,5 @@ class SweepProgress:
 def _result(run: StoredRun) -> str:
     if run.record is None:
         return "failed"
-    metric, spent = run.record["metric"], max(float(client["epsilon"]) for client in run.record["clients"])
+    metric, spent = run.record["metric"], run.epsilon_spent or 0.0
     return f"{metric['name']} {metric['value']:.4f}  ε {shown_epsilon(spent)}  {run.record['wall_seconds']:.0f} s"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fedlora.errors import StoreError
 from fedlora.experiments.run_folder import RunFolder, to_json
@@ -16,6 +17,8 @@ from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.tuning import Tuning
 from fedlora.experiments.sweeps.worker import Job
 from fedlora.experiments.sweeps.workers import Workers
+
+_LEAST_FREE = 2**18  # bytes
 
 
 class Watcher(Protocol):
@@ -30,6 +33,33 @@ class Watcher(Protocol):
     def look(self, started: float) -> None:
         """Called about once a second: how much of cells that have not ended is done, in cells."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How many cells and trials of a sweep ended how.
+
+    Attributes:
+        unsettled: cells that cannot be run, because all trials for their settings failed.
+    """
+
+    done: int
+    failed_cells: int
+    failed_trials: int
+    unsettled: int
+
+    @property
+    def whole(self) -> bool:
+        return not (self.failed_cells or self.failed_trials or self.unsettled)
+
+    def __str__(self) -> str:
+        counts = {
+            "done": self.done,
+            "failed cells": self.failed_cells,
+            "failed trials, which is final": self.failed_trials,
+            "cells without settings, since all their trials failed": self.unsettled,
+        }
+        return ", ".join(f"{what}: {count}" for what, count in counts.items() if count) or "nothing done yet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +116,7 @@ class SweepRun:
         """Run what is not done; a cell that fails is stored as failed and stops no other.
 
         Raises:
-            StoreError: what has ended cannot be kept; the next process finds it in the folders.
+            StoreError: what has ended cannot be kept, or the disk is full; the next process finds it in the folders.
         """
         total = sum(1 for _ in self.sweep.points()) + (self.tuning.total() if self.tuning else 0)
         watcher.start(total=total, done=sum(map(self.is_done, self.known_cells())))
@@ -94,11 +124,16 @@ class SweepRun:
             self.tried.update(cell.digest for cell in cells)
             self._run(cells, workers, watcher)
 
-    def count(self, status: Literal["done", "failed"]) -> int:
-        """How many cells and trials ended so; a cell without a trial that went well failed too."""
-        ended = (self.results.get(cell.digest) for cell in self.known_cells())
-        unsettled = len(self.tuning.failed(self.results)) if self.tuning and status == "failed" else 0
-        return unsettled + sum(run is not None and run.status == status for run in ended)
+    def ended(self) -> Ended:
+        """How it stands."""
+        runs = [run for cell in self.known_cells() if (run := self.results.get(cell.digest)) is not None]
+        failed = [run.role for run in runs if run.status == "failed"]
+        return Ended(
+            done=len(runs) - len(failed),
+            failed_cells=failed.count("cell"),
+            failed_trials=failed.count("trial"),
+            unsettled=len(self.tuning.failed(self.results)) if self.tuning else 0,
+        )
 
     def _run(self, cells: list[Cell], workers: Workers, watcher: Watcher) -> None:
         jobs = {self.folder.run_folder(cell).absolute(): cell for cell in cells}
@@ -110,8 +145,23 @@ class SweepRun:
                 continue
             job, error = answer
             cell = waiting.pop(job.folder)
+            if error:
+                self._refuse_full_disk()
             run = self._keep(cell, error)
             watcher.ended(cell, run)
+
+    def _refuse_full_disk(self) -> None:
+        """Every cell would fail on it, and none for a reason of its own.
+
+        Raises:
+            StoreError: there is hardly a byte left.
+        """
+        free = shutil.disk_usage(self.folder.path).free
+        if free < _LEAST_FREE:
+            raise StoreError(
+                f"the disk of {self.folder.path} is full ({free} bytes left); free some space, and the same command "
+                "goes on"
+            )
 
     def _keep(self, cell: Cell, error: str) -> StoredRun:
         run = self._failed(cell, error) if error else self._ended(cell)

@@ -22,6 +22,7 @@ Axes vary slowest, in the order in which they are written, then the keys of the 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from fedlora.errors import ConfigError
 from fedlora.schema import Section, build_section, parse_settings, read_settings, require_known, setting, shown
 
 MOST_CELLS = 100_000
+_LONGEST_LABEL = 80
 _TABLES = ("recipe", "set", "grid", "axes", "exclude", "tune", "report")
 _PRIVATE_KEYS = ("run.out", "run.transport")  # a cell's folder is the sweep's, and it runs in a worker
 
@@ -141,13 +143,17 @@ class Sweep:
 
     def points(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """Labels by axis, and the settings they stand for, of every cell that is not excluded."""
+        for labels, settings in self._combinations():
+            if not any(_holds(condition, labels, settings) for condition in self.exclude):
+                yield labels, settings
+
+    def _combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         for combination in itertools.product(*(axis.values.items() for axis in self.axes)):
             labels = {axis.name: label for axis, (label, _) in zip(self.axes, combination, strict=True)}
             settings = dict(self.base)
             for _, linked in combination:
                 settings |= linked
-            if not any(_holds(condition, labels, settings) for condition in self.exclude):
-                yield labels, settings
+            yield labels, settings
 
     def cell(self, labels: Mapping[str, str], settings: Settings, role: Literal["cell", "trial"] = "cell") -> Cell:
         """The run of these settings.
@@ -221,10 +227,19 @@ class Sweep:
             require_known(
                 self.report.baseline, axis.values, "label", f"report.baseline = {shown(self.report.baseline)}"
             )
+        for name in names:
+            if any(name == other.rpartition(".")[2] for other in names if other != name):
+                raise ConfigError(f"axes.{name}: an axis of the grid is called so as well; give it another name")
         for condition in self.exclude:
             for name in condition:
                 known = [*names, *(f"{section}.{key}" for section, key in _keys())]
+                if "." not in name and not difflib.get_close_matches(name, names, cutoff=0.5):
+                    known = names or ["none"]  # not every key of a run
                 require_known(name, known, "axis or key", f"{name} in [[exclude]]")
+            if not any(_holds(condition, labels, settings) for labels, settings in self._combinations()):
+                raise ConfigError(
+                    f"[[exclude]] with {shown(dict(condition))} is about no cell; correct it or take it out"
+                )
         if next(self.points(), None) is None:
             raise ConfigError("the sweep has no cell: [[exclude]] takes them all; exclude less")
 
@@ -289,9 +304,11 @@ def _linked_axes(tables: Mapping[str, Any]) -> Iterator[Axis]:
     for name, labels in tables.items():
         if not isinstance(labels, Mapping) or not labels:
             raise ConfigError(f"axes.{name} is {shown(labels)}, wanted labels with their settings")
+        _check_label("name", name)
         if "." in name:
             raise ConfigError(f"axes.{name}: the name of an axis has no dot; a single key belongs into [grid]")
         for label, settings in labels.items():
+            _check_label(name, label)
             if not isinstance(settings, Mapping):
                 raise ConfigError(
                     f"axes.{name}.{label} = {shown(settings)}, wanted settings such as {{ data.task = ... }}"
@@ -299,6 +316,15 @@ def _linked_axes(tables: Mapping[str, Any]) -> Iterator[Axis]:
         yield Axis(
             name=name,
             values={label: flattened(settings, f"axes.{name}.{label}") for label, settings in labels.items()},
+        )
+
+
+def _check_label(axis: str, label: str) -> None:
+    """Labels are shown in terminals, tables and figures as they are."""
+    if not (0 < len(label) <= _LONGEST_LABEL and label.isprintable() and label == label.strip()):
+        raise ConfigError(
+            f"axes.{axis}: label {shown(label[:100])}, wanted 1 to {_LONGEST_LABEL} printable characters without "
+            "blanks at its ends"
         )
 
 

@@ -63,8 +63,8 @@ def test_cells_that_fail_are_named_and_the_rest_is_reported(fedlora: CommandLine
     (tmp_path / "mine.toml").write_text(f'{tiny}[axes.data]\nhere = {{}}\nno = {{ data.source = "nowhere" }}\n')
     said = fedlora("sweep", "mine.toml", "--workers", 1, "--out", "out")
     assert said.code == 1
-    assert "1 of 2 cells failed; `fedlora runs list out --status failed` says why" in said.err
-    assert "fedlora sweep mine.toml --out out tries them again" in said.err
+    assert "done: 1, failed cells: 1; `fedlora runs list out --status failed` says why; " in said.err
+    assert "fedlora sweep mine.toml --out out --workers 1 tries failed cells again" in said.err
     assert "nowhere" in (tmp_path / "out" / "report" / "tables.md").read_text()
     assert "nowhere" in fedlora("runs", "list", "out", "--status", "failed", "--task", "sst2").out
 
