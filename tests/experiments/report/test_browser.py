@@ -119,7 +119,7 @@ def test_a_point_shows_its_record_and_its_privacy_report(browser: Any, page: Pat
     browser.move(*place)
     text = browser.run("document.querySelector('#card').innerText")
     assert "0.6960" in text
-    assert "5.997" in text
+    assert "0.9994" in text
     assert "δ = 1e-05" in text
     browser.tap(*place)
     address = browser.run("document.querySelector('#card a').getAttribute('href')")
