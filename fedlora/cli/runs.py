@@ -23,13 +23,13 @@ DEFAULT = Path("runs")
 @runs.command("list")
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="a sweep's folder, a folder of runs, or a store of them")] = DEFAULT,
-    task: Annotated[str | None, typer.Option(help="only this task")] = None,
-    method: Annotated[str | None, typer.Option(help="only this method")] = None,
+    task: Annotated[str | None, typer.Option(help="only this task, or this label of a sweep")] = None,
+    method: Annotated[str | None, typer.Option(help="only this method, or this label")] = None,
     epsilon: Annotated[float | None, typer.Option(help="only this ε, as it was asked for; inf")] = None,
     status: Annotated[str | None, typer.Option(help="done, failed or unfinished")] = None,
     role: Annotated[str | None, typer.Option(help="cell (of a sweep), trial (for its settings) or run")] = None,
     where: Annotated[str | None, typer.Option(help="SQL expression on the columns that --csv has")] = None,
-    sort: Annotated[str, typer.Option(help="a column that --csv has; -COLUMN for the largest first")] = "folder",
+    sort: Annotated[str, typer.Option(help="a column that --csv has; -COLUMN for the largest first")] = "axes",
     as_csv: Annotated[bool, typer.Option("--csv", help="for spreadsheets")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs; ε = ∞ is written as inf")] = False,
 ) -> None:
@@ -60,7 +60,11 @@ def list_runs(
         if rows:
             _print_table(rows)
         else:
-            typer.echo(f"none of the {known} runs in {folder} is like that" if known else f"no runs in {folder} yet")
+            typer.echo(
+                f"none of the {known} runs in {folder} is like that; without a filter all are listed"
+                if known
+                else f"no runs in {folder} yet"
+            )
         _print_sweeps(folder)
 
 

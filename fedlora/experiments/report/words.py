@@ -13,7 +13,7 @@ from fedlora.privacy.units import rounded_up
 READING = (
     "Metrics are measured on public validation data: mean ± standard deviation over seeds, in brackets the number of "
     "seeds. **Bold** is the highest mean of its column, all that tie; it does not say that the difference is "
-    "significant, which the paired differences below are for."
+    "significant, which the paired differences are for."
 )
 PAIRING = (
     f"Differences are paired by seed. The verdict follows from Student's {CONFIDENCE:.0%} interval for their mean. The "

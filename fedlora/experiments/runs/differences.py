@@ -29,7 +29,8 @@ def from_defaults(run: StoredRun) -> list[Difference]:
 
 
 def settings_apart(left: StoredRun, right: StoredRun) -> list[Difference]:
-    return _between(left.settings, right.settings)
+    """All but the folders that they were written to."""
+    return [pair for pair in _between(left.settings, right.settings) if pair.name != "run.out"]
 
 
 def code_apart(left: StoredRun, right: StoredRun) -> list[Difference]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,15 @@ class Gathered:
         """
         runs = [(row["folder"], row["folder"].rpartition("/")[2], row["digest"]) for row in self.store.select()]
         word = word.rstrip("/") or word
+        called = {folder: folder if "/" in word else name for folder, name, _ in runs}
         found = (
             [run[0] for run in runs if word in run[:2]]
-            or [run[0] for run in runs if any(name.startswith(word) for name in run[:2])]
+            or [folder for folder, name in called.items() if name.startswith(word)]
             or [run[0] for run in runs if run[2].startswith(word)]
         )
         if not found:
-            raise StoreError(f"no run {word!r} in {self.store.path.parent}; `fedlora runs list` names them")
+            place = shlex.quote(str(self.store.path.parent))
+            raise StoreError(f"no run {word!r} in {place}; `fedlora runs list {place}` names them")
         if len(found) > 1:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise StoreError(f"{word!r} could be {', '.join(found[:5])}{more}; give more of its name")
@@ -209,10 +212,17 @@ def _keep(root: Path, finished: Sequence[StoredRun]) -> list[str]:
 
 
 def _read_rounds(folder: Path) -> list[dict[str, Any]]:
+    files = RunFolder(folder)
     try:
-        return RunFolder(folder).read_rounds()
+        rounds = files.read_rounds()
+        written = files.rounds_file.read_text("utf-8").splitlines() if files.rounds_file.exists() else []
     except (OSError, ValueError) as error:  # ValueError: no text
-        raise StoreError(f"cannot read {RunFolder(folder).rounds_file}: {error}; the run is left out") from error
+        raise StoreError(f"cannot read {files.rounds_file}: {error}; the run is left out") from error
+    if files.record_file.exists() and len(rounds) < len(written):  # before that a kill may have cut off the last
+        raise StoreError(
+            f"{files.rounds_file} is damaged in line {len(rounds) + 1} and left out; put a good copy there"
+        )
+    return rounds
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ COLUMNS = (
 )
 """What `Store.select` gives of each run."""
 _WHOLE = "SELECT folder, digest, role, axes, error, record, rounds, config, stamp FROM runs"
+_NAMED_BY_SWEEPS = ("task", "method")
 _LABELS = ("folder", "digest", "role", "axes")  # what a run is called; the rest is what it did
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _ADVICE = {
@@ -195,15 +196,16 @@ class Store:
         """`COLUMNS` of the runs for which the SQL expression `where` holds; it can read and do nothing else.
 
         Args:
-            equal: values of columns that the runs have besides.
+            equal: values of columns that the runs have besides; of task and method, also labels on any axis.
             order: a column; runs without a value come last.
 
         Raises:
             ConfigError: `where` is no expression on the columns of the store.
             StoreError: the file is damaged.
         """
-        values = equal or {}
-        conditions = [f"({where}\n)", *(f"{name} = :{name}" for name in values)]  # a comment ends with its line
+        values = dict(equal or {})
+        conditions = [f"({where}\n)", *map(_equal, values)]  # a comment ends with its line
+        values |= {f"{name}_label": _json(values[name]) for name in _NAMED_BY_SWEEPS if name in values}
         sql = (
             f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {' AND '.join(conditions)} "
             f"ORDER BY {order} IS NULL, {order} {'DESC' if descending else 'ASC'}, folder"
@@ -247,6 +249,13 @@ class Store:
                 if self._connection.in_transaction:  # a full disk has rolled back already
                     self._connection.execute("ROLLBACK")
                 raise
+
+
+def _equal(column: str) -> str:
+    """Of task and method sweeps have names of their own: labels, which `axes` holds as `"axis":"label"`."""
+    if column in _NAMED_BY_SWEEPS:
+        return f"({column} = :{column} OR instr(axes, ':' || :{column}_label))"
+    return f"{column} = :{column}"
 
 
 def _row(run: StoredRun) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _difference(earlier: Sweep, sweep: Sweep) -> str | None:
     """What was decided otherwise, in words; None where every label still means what it meant."""
     for name in sorted({*earlier.base, *sweep.base}):
         if (old := earlier.base.get(name)) != (new := sweep.base.get(name)):
-            return f"{name} = {shown(old)}, not {shown(new)}"
+            return f"{name} = {_said(old)}, not {_said(new)}"
     if [axis.name for axis in earlier.axes] != [axis.name for axis in sweep.axes]:
         return f"axes {', '.join(axis.name for axis in earlier.axes)}"
     for old_axis, new_axis in zip(earlier.axes, sweep.axes, strict=True):
@@ -110,3 +110,7 @@ def _difference(earlier: Sweep, sweep: Sweep) -> str | None:
     if earlier.tune != sweep.tune:
         return "another [tune]"
     return replaced_trials(earlier, sweep) if sweep.tune else None
+
+
+def _said(value: object) -> str:
+    return "its default" if value is None else shown(value)

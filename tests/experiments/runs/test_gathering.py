@@ -242,5 +242,15 @@ def test_a_run_goes_by_its_folder_or_how_that_or_its_digest_begins(tmp_path: Pat
         assert gathered.find(digests["cells/0199"][:20]).folder == "cells/0199"
         with pytest.raises(StoreError, match="'01' could be cells/0123, cells/0199; give more of its name"):
             gathered.find("01")
-        with pytest.raises(StoreError, match=r"no run 'nope' in .*; `fedlora runs list` names them"):
+        with pytest.raises(StoreError, match=r"no run 'nope' in .*; `fedlora runs list .*` names them"):
             gathered.find("nope")
+
+
+def test_rounds_of_a_finished_run_that_cannot_be_read_are_named(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path / "one")
+    rounds = folder / "rounds.jsonl"
+    rounds.write_text('{"round": 0}\nx{\n{"round": 2}\n')
+    gathered = gather(tmp_path)
+    assert [complaint.partition(" and ")[0] for complaint in gathered.complaints] == [f"{rounds} is damaged in line 2"]
+    assert gathered.store.select() == []
+    gathered.store.close()

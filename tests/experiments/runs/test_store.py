@@ -333,3 +333,12 @@ def test_records_that_were_really_made_fit(tmp_path: Path) -> None:
         store.put(*(run(path.stem + path.parent.name, record) for path, record in records.items()))
         for row in store.select():
             assert None not in (row["task"], row["method"], row["epsilon"], row["epsilon_spent"], row["value"])
+
+
+def test_labels_of_a_sweep_are_names_of_tasks_and_methods_too(tmp_path: Path, make_record: MakeRecord) -> None:
+    with Store.create(tmp_path) as store:
+        for name, label in (("a", "all modules"), ("b", 'größe "x"'), ("c", "ffa")):
+            store.put(run(name, make_record(), axes={"method": label, "seed": "0"}))
+        found = {label: store.select(equal={"method": label}) for label in ("all modules", 'größe "x"', "modules", "0")}
+        assert [[row["folder"] for row in rows] for rows in found.values()] == [["a"], ["b"], [], ["a", "b", "c"]]
+        assert len(store.select(equal={"method": "ffa"})) == 3
