@@ -32,7 +32,7 @@ def test_what_is_published_names_no_folder_of_a_machine(folder: Path) -> None:
 
 def test_the_readme_shows_rows_of_a_published_table() -> None:
     source, _, rest = (RESULTS.parents[1] / "README.md").read_text().partition("<!-- rows of ")[2].partition(" -->\n")
-    shown = [line for line in rest.partition("\n\n")[0].splitlines()]
+    shown = rest.partition("\n\n")[0].splitlines()
     assert len(shown) == 7
     published = (RESULTS.parents[1] / source).read_text().splitlines()
     assert [line for line in shown if line not in published] == []
