@@ -61,7 +61,7 @@ def test_the_readmes_commands_run_one_after_the_other(
             continue
         if words[0] == "audit":
             words = [*words, "--trials", "1000", "--canaries", "20"]
-        if words[0] in ("simulate", "audit"):
+        if words[0] in ("simulate", "sweep", "audit"):
             words = [*words, *(part for override in tiny for part in ("--set", override))]
         if "adapter.select=alignment" in words:
             words = [*words, "--set", "federation.rounds=3"]  # two of them are its warm-up
@@ -72,7 +72,8 @@ def test_the_readmes_commands_run_one_after_the_other(
             main()
         assert ended.value.code == 0, (words, capfd.readouterr().err)
         done.append(words[0])
-    assert set(done) == {"simulate", "calibrate", "audit", "budget", "evaluate", "predict"}
+    commands_shown = {"simulate", "sweep", "runs", "report", "calibrate", "audit", "budget", "evaluate", "predict"}
+    assert set(done) == commands_shown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
