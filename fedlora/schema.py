@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import stat
@@ -97,12 +98,18 @@ class Section:
         cls.section = section
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for spec in dataclasses.fields(self):  # type: ignore[arg-type]
             name = f"{self.section}.{spec.name}"
             value = _coerce(name, getattr(self, spec.name), hints[spec.name])
             _check_range(name, value, spec.metadata)
             object.__setattr__(self, spec.name, value)
+
+
+@functools.cache
+def _hints(kind: type[Section]) -> dict[str, Any]:
+    """Annotations of a section as types. They are texts, and reading them takes longer than all checks together."""
+    return typing.get_type_hints(kind)
 
 
 SectionType = TypeVar("SectionType", bound=Section)

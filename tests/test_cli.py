@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedlora.cli import main
 from fedlora.config import RunConfig
 from fedlora.experiments import flower_process
 from fedlora.experiments.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
+from tests.command_line import Said, typed
 
 CommandLine = Callable[..., Said]
 
@@ -36,12 +27,7 @@ def fedlora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
+        return typed(arguments, monkeypatch, capfd)
 
     return run
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunFolderError, RunInterrupted
@@ -103,12 +103,7 @@ class RunFolder:
             RunFolderError: another process has it.
         """
         with self.config_file.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunFolderError(
-                    f"another process is at work on the run in {self.path}; wait for it, or stop it first"
-                ) from error
+            claim(file, f"another process is at work on the run in {self.path}; wait for it, or stop it first")
             yield
 
     @contextmanager
@@ -229,6 +224,18 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         replace_file(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
+
+
+def claim(file: IO[Any], refusal: str) -> None:
+    """Lock `file` for as long as it is open, so that a claim ends with its process, however that ends.
+
+    Raises:
+        RunFolderError: with `refusal`; another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunFolderError(refusal) from error
 
 
 def _unused(config: RunConfig) -> Path:

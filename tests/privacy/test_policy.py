@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedlora.cli import main
 from fedlora.config import RunConfig
 from fedlora.errors import PolicyRefused
 from fedlora.experiments import simulate as experiment
@@ -25,16 +23,10 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.plan import make_plan
 from fedlora.privacy.policy import SitePolicy
+from tests.command_line import Said, typed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = 211  # a number that occurs nowhere else
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)
@@ -122,12 +114,7 @@ def hospital(
     monkeypatch.chdir(tmp_path / "elsewhere")
 
     def command(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
+        return typed(arguments, monkeypatch, capfd)
 
     options = ["federation.clients=1", "federation.rounds=2", "model.head=prototype"]
     config = tiny_config(*options, "privacy.seeded_noise=false", "data.source='/nowhere/at/all'")

@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from fedlora.experiments.report.results import ReportedRun, clean, found
+from fedlora.experiments.report.results import ReportedRun, found
 from fedlora.experiments.report.tuning import trials_note
 from fedlora.experiments.report.words import counted, epsilon_text
+from fedlora.experiments.terminal import one_line
 from fedlora.privacy.units import Guarantee
 
 
@@ -21,12 +22,12 @@ def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
     codes, parts = Counter(run.code for run in runs), Counter(run.validation_part for run in runs)
     if len(codes) > 1:
         shown = ", ".join(f"{code[:12]} ({count} runs)" for code, count in sorted(codes.items()))
-        yield f"Runs of {len(codes)} different versions of the code: {clean(shown)}. A difference may be the code's."
+        yield f"Runs of {len(codes)} different versions of the code: {one_line(shown)}. A difference may be the code's."
     if len(parts) > 1:
         shown = ", ".join(f"{part} ({count} runs)" for part, count in sorted(parts.items()))
-        yield f"Metrics on different parts of the validation data: {clean(shown)}. They do not compare."
+        yield f"Metrics on different parts of the validation data: {one_line(shown)}. They do not compare."
     elif "all" not in parts:
-        yield f"Metric on one half of the validation data: data.validation_part = {clean(next(iter(parts)))}."
+        yield f"Metric on one half of the validation data: data.validation_part = {one_line(next(iter(parts)))}."
     names = sorted({run.metric for run in runs})
     if len(names) > 1:
         yield f"Different metrics in one table: {', '.join(names)}. They do not compare."
@@ -80,4 +81,4 @@ def _stops(runs: Sequence[ReportedRun]) -> Iterator[str]:
 
 
 def _runs_of(counts: Counter[str]) -> str:
-    return clean(", ".join(f"{name} ({counted(count, 'run')})" for name, count in counts.items()))
+    return one_line(", ".join(f"{name} ({counted(count, 'run')})" for name, count in counts.items()))

@@ -17,6 +17,7 @@ from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.runs.store import FILE_NAME, Store
 from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.sweeps.sweep import Sweep
+from fedlora.experiments.terminal import one_line
 from fedlora.privacy.units import Guarantee
 
 TASK_AXES, EPSILON_AXIS, SEED_AXIS = ("task", "data.task"), "privacy.epsilon", "run.seed"
@@ -139,10 +140,10 @@ def read_results(place: Path) -> Results:
     labels = _ordered({run.label for run in shown}, orders.get(axis, ()))
     return Results(
         runs=tuple(sorted(shown, key=lambda run: (natural(run.seed), run.folder))),
-        axis=clean(axis.rpartition(".")[2]) or "method",
+        axis=one_line(axis.rpartition(".")[2]) or "method",
         tasks=_ordered({run.task for run in shown}, orders.get("task", ())),
         labels=labels,
-        baseline=clean(baseline) or labels[0],
+        baseline=one_line(baseline) or labels[0],
         epsilons=tuple(sorted({run.epsilon for run in shown})),
         left=tuple(sorted(left, key=lambda run: (KINDS.index(run.kind), run.folder))),
         num_trials=sum(run.role == "trial" for run in kept),
@@ -167,12 +168,6 @@ def number(value: Any) -> float | None:
     return None if math.isnan(read) else read
 
 
-def clean(text: Any, most: int = 200) -> str:
-    """One line without control characters, not longer than a reader can bear."""
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
 def natural(text: str) -> list[tuple[int, str]]:
     """Key that sorts "10" after "9"."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
@@ -181,7 +176,7 @@ def natural(text: str) -> list[tuple[int, str]]:
 def _comparison(kept: Iterable[StoredRun], sweep: Sweep | None) -> tuple[str, str, dict[str, list[str]]]:
     """Axis to compare, its baseline, and labels in order by axis; "task" stands for either name of that axis."""
     if sweep is not None:
-        orders = {("task" if a.name in TASK_AXES else a.name): [clean(v) for v in a.values] for a in sweep.axes}
+        orders = {("task" if a.name in TASK_AXES else a.name): [one_line(v) for v in a.values] for a in sweep.axes}
         return (sweep.compared[0].name, sweep.compared[1], orders) if sweep.compared else ("", "", orders)
     names = dict.fromkeys(name for run in kept for name in run.axes)
     return next((name for name in names if _ordinary(name)), ""), "", {}
@@ -208,14 +203,14 @@ def _read(run: StoredRun, axis: str) -> ReportedRun | Left:
     label = run.axes.get(axis) or found(config, "adapter", "method") or "unknown method"
     up = number(record.get("bytes_up"))
     return ReportedRun(
-        folder=clean(run.folder, 1000),
+        folder=one_line(run.folder, 1000),
         role=run.role,
-        digest=clean(run.digest, 64),
-        task=clean(", ".join([str(task or "unknown task"), *others])),
-        label=clean(label),
+        digest=one_line(run.digest, 64),
+        task=one_line(", ".join([str(task or "unknown task"), *others])),
+        label=one_line(label),
         epsilon=epsilon,
-        seed=clean(run.axes.get(SEED_AXIS, found(config, "run", "seed"))),
-        metric=clean(found(record, "metric", "name") or "metric"),
+        seed=one_line(run.axes.get(SEED_AXIS, found(config, "run", "seed"))),
+        metric=one_line(found(record, "metric", "name") or "metric"),
         value=value,
         spent=_spent(record, guarantee),
         guarantee=guarantee,
@@ -260,7 +255,9 @@ def _curve(rounds: Sequence[Any]) -> Iterable[tuple[int, float]]:
 
 def _left(run: StoredRun, kind: Kind, why: str) -> Left:
     name = ", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in run.axes.items())
-    return Left(kind=kind, folder=clean(run.folder, 1000), role=run.role, name=clean(name), why=clean(why, 500))
+    return Left(
+        kind=kind, folder=one_line(run.folder, 1000), role=run.role, name=one_line(name), why=one_line(why, 500)
+    )
 
 
 def _ordered(seen: set[str], order: Sequence[str]) -> tuple[str, ...]:

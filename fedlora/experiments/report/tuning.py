@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.experiments.report.results import ReportedRun, Results, clean, found, number
+from fedlora.experiments.report.results import ReportedRun, Results, found, number
 from fedlora.experiments.report.words import epsilon_text
+from fedlora.experiments.terminal import one_line
 
 UNKNOWN = "not in the record"
 
@@ -54,12 +55,12 @@ def _tuned(task: str, label: str, epsilons: Iterable[float], facts: Mapping[str,
         task=task,
         label=label,
         epsilons=", ".join(map(epsilon_text, epsilons)),
-        tried=clean(tried),
-        chosen_on=clean(facts.get("chosen_on", UNKNOWN)),
-        trained_on=clean(facts.get("trained_on", UNKNOWN)),
-        values=clean(UNKNOWN if shown is None else shown, 400),
+        tried=one_line(tried),
+        chosen_on=one_line(facts.get("chosen_on", UNKNOWN)),
+        trained_on=one_line(facts.get("trained_on", UNKNOWN)),
+        values=one_line(UNKNOWN if shown is None else shown, 400),
         covered=_covered(facts),
-        note=clean(facts.get("note") or "", 600),
+        note=one_line(facts.get("note") or "", 600),
     )
 
 
@@ -96,7 +97,7 @@ def _bound(facts: Mapping[str, Any]) -> float | None:
 def _free(facts: Mapping[str, Any]) -> str:
     """Why trials are not counted; empty where they are."""
     if "costs_nothing" in facts:
-        return f"trials cost nothing, {clean(facts['costs_nothing'])}" if facts["costs_nothing"] else ""
+        return f"trials cost nothing, {one_line(facts['costs_nothing'])}" if facts["costs_nothing"] else ""
     by_word = "public" in str(facts.get("trained_on"))  # an old record, which tells it in words only
     return "trials cost nothing, on the author's word" if by_word else ""
 

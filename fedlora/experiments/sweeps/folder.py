@@ -6,17 +6,16 @@ cells/        a run folder each, named by the digest of its config            tr
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import tomli_w
 
 from fedlora.errors import ConfigError, RunFolderError
-from fedlora.experiments.run_folder import replace_file
+from fedlora.experiments.run_folder import claim, replace_file
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.tuning_groups import replaced_trials
 from fedlora.schema import shown
@@ -40,11 +39,12 @@ class SweepFolder:
                 it; nothing is changed.
         """
         folder = cls(path)
-        with ExitStack() as claim:
+        with ExitStack() as opened:
             try:
                 folder._check_same(sweep)
                 path.mkdir(parents=True, exist_ok=True)
-                _lock(claim.enter_context((path / ".claim").open("w")), path)
+                file = opened.enter_context((path / ".claim").open("w"))
+                claim(file, f"another process runs the sweep in {path}; wait for it, or stop it first")
                 folder._check_same(sweep)  # again: another process may have made it meanwhile
                 replace_file(folder.sweep_file, tomli_w.dumps(sweep.to_mapping()).encode())
             except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -87,13 +87,6 @@ class SweepFolder:
 def _foreign(path: Path) -> Iterator[Path]:
     """What a kill right after a folder was made cannot have left."""
     return (entry for entry in path.iterdir() if entry.name not in (".claim", "sweep.partial"))
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunFolderError(f"another process runs the sweep in {path}; wait for it, or stop it first") from error
 
 
 def _difference(earlier: Sweep, sweep: Sweep) -> str | None:

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from fedlora.cli import main
 from fedlora.errors import RunFolderError, StoreError
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.runs import removal
@@ -24,14 +23,9 @@ from fedlora.experiments.runs.gathering import gather
 from fedlora.experiments.runs.removal import clear_removed, remove_run
 from fedlora.experiments.runs.store import FILE_NAME, Store
 from fedlora.experiments.runs.stored_run import StoredRun
+from tests.command_line import Said, typed
 
 MakeRun = Callable[..., Path]
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 Runs = Callable[..., Said]
@@ -42,13 +36,8 @@ def runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """`runs("list", …, answer="y")` is `fedlora runs list …` in this process, with that on standard input."""
 
     def run(*arguments: object, answer: str = "") -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedlora", "runs", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
+        return typed(("runs", *arguments), monkeypatch, capfd)
 
     return run
 

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fedlora.cli import main
 from fedlora.config import RunConfig
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
+from tests.command_line import Said, typed
 
 CommandLine = Callable[..., Said]
 
@@ -29,12 +19,7 @@ def fedlora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
+        return typed(arguments, monkeypatch, capfd)
 
     return run
 
