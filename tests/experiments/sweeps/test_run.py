@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedlora.errors import RunFolderError, StoreError
 from fedlora.experiments.account import write_account
@@ -125,6 +127,21 @@ def test_what_is_done_is_not_done_again(whole: tuple[Path, dict[str, StoredRun]]
     again, log = Here(), Log()
     assert outcome(go(out.parent / "sweep.toml", out, again, log)) == outcome(runs)
     assert (again.jobs, log.total, log.done) == ([], 4, 4)
+
+
+def test_cells_of_one_worker_share_no_noise_and_no_batches(tiny_config: Any, tmp_path: Path) -> None:
+    """The secret root of a run is none of the things that a worker keeps."""
+    settings = ("privacy.seeded_noise=false", "privacy.accountant=rdp", "model.head=prototype", "federation.rounds=1")
+    worker, config = Worker(), tiny_config(*settings)
+    for name in ("first", "second"):
+        assert worker.run(Job(config=config, folder=tmp_path / name)) == ""
+    first, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "second")
+    )
+    trained = [name for name in first if ".lora_B." in name]
+    assert trained
+    for name in first:
+        assert torch.equal(first[name], second[name]) == (name not in trained), name
 
 
 def test_more_values_are_more_cells_and_nothing_else(tiny_config: Any, tmp_path: Path) -> None:
