@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("fedlora", "clients", "server", "simulations", "benchmarks")
+PACKAGES = ("fedlora", "clients", "server", "simulations", "benchmarks", "deploy")
 
 WITHOUT_TORCH = (
     "fedlora",

@@ -1,0 +1,265 @@
+"""A whole deployment on this machine: SuperLink, SuperNodes and site daemons, with TLS and SuperNode authentication.
+
+    with Loopback(folder) as federation:
+        federation.start_superlink()
+        federation.start_supernodes(["partition-id=0", "partition-id=1"])
+        run = federation.submit({"run.out": "/absolute/path"})
+        status = federation.wait(run, limit=300)
+
+Every part is a `Service`: `federation.superlink.kill()`, `federation.supernodes[1].start()`, `.log()`, `.processes()`.
+Only 127.0.0.1 is used. On leaving the block every process is ended, and what processes left behind with it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from deploy.certificates import Certificates, make_certificates
+from deploy.network import Wire
+from deploy.services import Service, quiet_environment
+from fedlora.errors import FedloraError
+
+ROOT = Path(__file__).resolve().parents[1]
+EXECUTABLES = Path(sys.executable).parent
+CONNECTION = "loopback"
+"""Name of the SuperLink in the `flwr` command's configuration."""
+COMMAND_LIMIT = 120.0
+NODE_ID_LINE = "SuperNode ID: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What the SuperLink says of a run: `flwr ls`, whose exit code and `flwr run`'s say nothing."""
+
+    status: str
+    """pending, starting, running, or finished:completed, finished:failed, finished:stopped."""
+    details: str
+    """Why it failed; the server app's exception, where it was one."""
+
+    @property
+    def finished(self) -> bool:
+        return self.status.startswith("finished")
+
+    @property
+    def completed(self) -> bool:
+        return self.status == "finished:completed"
+
+
+class Loopback:
+    """Keys, addresses and processes of one federation below `folder`, which is new or empty.
+
+    Attributes:
+        superlink: started by `start_superlink`.
+        supernodes: in the order in which they were added.
+        sites: site daemons, in the order in which they were started.
+        wire: between SuperNodes and SuperLink, with `cuttable=True`; `federation.wire.cut()`, `.mend()`.
+    """
+
+    def __init__(self, folder: Path, *, sites: int = 3, cuttable: bool = False) -> None:
+        """
+        Args:
+            folder: for keys, logs, database and what Flower keeps.
+            sites: number of SuperNode key pairs.
+            cuttable: lead the SuperNodes through a wire that can be cut; submitters reach the SuperLink directly.
+        """
+        self.folder = folder.absolute()
+        self.port = free_port()
+        self.certificates: Certificates = make_certificates(
+            self.folder / "keys", hosts=["localhost", "127.0.0.1"], sites=sites
+        )
+        self.superlink = self._superlink()
+        self.supernodes: list[Service] = []
+        self.sites: list[Service] = []
+        self.wire: Wire | None = None
+        self._cuttable = cuttable
+        self._closing = ExitStack()
+        self._registered: set[Path] = set()
+        self._submitted = 0
+        self._write_connection()
+
+    def __enter__(self) -> Self:
+        if self._cuttable:
+            self.wire = Wire(self.port)
+            self._closing.callback(self.wire.close)
+        self._closing.callback(self._stop_all)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For commands of whoever submits runs: `flwr …`, `python -m server.submit`."""
+        return quiet_environment(EXECUTABLES, FLWR_HOME=str(self.folder / "submitter"))
+
+    def start_superlink(self) -> None:
+        self.superlink.start()
+
+    def start_supernodes(self, node_configs: Sequence[str]) -> list[Service]:
+        """Register as many keys and start as many SuperNodes, at the same time.
+
+        Args:
+            node_configs: what `--node-config` gets, such as `partition-id=0 site="/srv/site.sock"`.
+        """
+        added = []
+        for node_config in node_configs:
+            number = len(self.supernodes)
+            self.register(self.certificates.site_public_key(number))
+            added.append(self.add_supernode(node_config, key=self.certificates.site_key(number)))
+        for supernode in added:
+            supernode.launch()
+        for supernode in added:
+            supernode.wait_ready()
+        return added
+
+    def add_supernode(self, node_config: str, *, key: Path | None, authority: Path | None = None) -> Service:
+        """A SuperNode that is yet to be started.
+
+        Args:
+            node_config: what `--node-config` gets.
+            key: its private key, registered or not; None starts it without one.
+            authority: another certificate authority than the federation's; `Path()` means plain HTTP.
+        """
+        port = self.port if self.wire is None else self.wire.port
+        trust = ["--root-certificates", str(authority or self.certificates.authority)]
+        if authority == Path():
+            trust = ["--insecure"]
+        name = f"supernode-{len(self.supernodes)}"
+        command = ["flower-supernode", *trust, "--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+        command += ["--node-config", node_config]
+        command += [] if key is None else ["--auth-supernode-private-key", str(key)]
+        service = self._service(name, command, lambda service: NODE_ID_LINE in service.log())
+        self.supernodes.append(service)
+        return service
+
+    def start_site(self, policy: Path, answers_at: Path) -> Service:
+        """`fedlora site serve POLICY`, ready when it answers at the socket `answers_at`."""
+        name = f"site-{len(self.sites)}"
+        command = [sys.executable, "-m", "fedlora", "site", "serve", str(policy.absolute())]
+        service = self._service(name, command, lambda _: _listens(answers_at))
+        self.sites.append(service)
+        service.start()
+        return service
+
+    def register(self, public_key: Path) -> None:
+        """Let the SuperNode with this key in; a key that is in already is left."""
+        if public_key not in self._registered:
+            self.flwr("supernode", "register", str(public_key), CONNECTION)
+            self._registered.add(public_key)
+
+    def submit(self, config: Mapping[str, Any], app: Path = ROOT) -> int:
+        """`flwr run`; the run's id.
+
+        Args:
+            config: dotted keys of `[tool.flwr.app.config]` and their values.
+            app: the folder to send; this checkout.
+        """
+        self._submitted += 1
+        overrides = self.folder / "submitter" / f"run-{self._submitted}.toml"
+        overrides.write_text(tomli_w.dumps(_nested(config)))
+        chosen = ["--run-config", str(overrides)] if config else []
+        answer = json.loads(self.flwr("run", str(app), CONNECTION, "--format", "json", *chosen).stdout)
+        return int(answer["run-id"])
+
+    def status(self, run: int) -> RunStatus:
+        answer = json.loads(self.flwr("ls", CONNECTION, "--run-id", str(run), "--format", "json").stdout)
+        (found,) = answer["runs"]
+        return RunStatus(status=found["status"], details=found.get("status-details", ""))
+
+    def wait(self, run: int, limit: float) -> RunStatus:
+        """Until the run has finished, well or not.
+
+        Raises:
+            FedloraError: it has not after `limit` seconds.
+        """
+        end = time.monotonic() + limit
+        while not (status := self.status(run)).finished:
+            if time.monotonic() > end:
+                raise FedloraError(f"run {run} is {status.status} after {limit:g} s:\n{self.superlink.log()[-3000:]}")
+            time.sleep(1.0)
+        return status
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """What the SuperLink knows of its SuperNodes: `node-id`, `status` (registered, online, offline), …"""
+        answer = json.loads(self.flwr("supernode", "ls", CONNECTION, "--format", "json").stdout)
+        return list(answer["nodes"])
+
+    def flwr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Flower's command, as whoever submits runs.
+
+        Raises:
+            FedloraError: with `check`, it ended with another code than 0.
+        """
+        done = subprocess.run(
+            [str(EXECUTABLES / "flwr"), *arguments],
+            cwd=self.folder / "submitter",
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_LIMIT,
+        )
+        if check and done.returncode != 0:
+            raise FedloraError(f"flwr {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done
+
+    def _superlink(self) -> Service:
+        keys = self.certificates
+        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
+        command += ["--ssl-ca-certfile", str(keys.authority), "--ssl-certfile", str(keys.server)]
+        command += ["--ssl-keyfile", str(keys.server_key), "--disable-runtime-dependency-installation"]
+        command += ["--database", str(self.folder / "superlink" / "state.db")]
+        return self._service("superlink", command, lambda _: _accepts(self.port))
+
+    def _service(self, name: str, command: Sequence[str], ready: Any) -> Service:
+        """Each has a Flower home of its own, as on machines of their own."""
+        folder = self.folder / name
+        environment = quiet_environment(EXECUTABLES, FLWR_HOME=str(folder / "home"))
+        return Service(name=name, command=command, folder=folder, environment=environment, ready=ready)
+
+    def _write_connection(self) -> None:
+        connection = {"address": f"127.0.0.1:{self.port}", "root-certificates": str(self.certificates.authority)}
+        home = self.folder / "submitter"
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
+
+    def _stop_all(self) -> None:
+        """SuperNodes first, which say goodbye; every service gets its turn whatever happens to another."""
+        with ExitStack() as stack:
+            for service in (*self.sites, self.superlink, *self.supernodes):
+                stack.callback(service.stop)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"run.out": x}` as TOML's tables."""
+    tables: dict[str, Any] = {}
+    for key, value in dotted.items():
+        section, _, name = key.rpartition(".")
+        (tables.setdefault(section, {}) if section else tables)[name] = value
+    return tables
