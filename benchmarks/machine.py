@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedlora.experiments.record import versions
+from fedlora.provenance import versions
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr", "ray", "numpy", "fedlora")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

@@ -1,8 +1,8 @@
-"""Flower ClientApp: a courier between Flower and one site's round. It carries bytes in and bytes out.
+"""Flower ClientApp: a courier. It carries bytes between Flower and the site's daemon, and can do nothing else.
 
-Whatever goes wrong, the server learns one of a few fixed codes: an exception's text may quote a record, and Flower
-would send it on verbatim. The site's own log has the place in the code, and the text of no errors but fedlora's own,
-which never quote records. Flower may hand every message to another process: what must last lies in `context.state`.
+Flower sends this code to the site, or rather what a run's submitter calls by this name, and starts a process for every
+message. So it has neither records nor secrets, no torch, and no say: the daemon decides (`fedlora.site`). Only in
+Flower's simulation engine, where there is no site, is the round done in this process (`clients.simulated`).
 """
 
 from __future__ import annotations
@@ -10,24 +10,15 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora.config import RunConfig
-from fedlora.errors import AdapterError, ConfigError, FedloraError, PolicyRefused, ProtocolError
-from fedlora.experiments.record import code_digest
-from fedlora.privacy.policy import SitePolicy
-
-if TYPE_CHECKING:
-    from fedlora.data.encode import EncodedDataset
-    from fedlora.federation.cohort import Cohort
-    from fedlora.federation.sites import TrainingData
-    from fedlora.federation.workbench import Workbench
+from fedlora.errors import ConfigError, DaemonUnreachable, ProtocolError
+from fedlora.federation.failures import failure_code, log_failure
+from fedlora.site.connection import DaemonAddress
+from fedlora.site.protocol import Answer, Ask, Request
 
 Handler = Callable[[Message, Context], RecordDict]
 
@@ -36,7 +27,7 @@ log = logging.getLogger("fedlora.client")
 
 
 def fixed_code_on_failure(handler: Handler) -> Callable[[Message, Context], Message]:
-    """`handler` as Flower calls it, with every exception turned into one of `FAILURE_CODES`."""
+    """`handler` as Flower calls it, with every exception turned into a fixed code: Flower would forward its text."""
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -45,8 +36,8 @@ def fixed_code_on_failure(handler: Handler) -> Callable[[Message, Context], Mess
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic in a Rust extension is no Exception, and may quote its input too
-            _log_here(error)
-            content = RecordDict({"failure": ConfigRecord({"code": _code(error)})})
+            log_failure(log, error)
+            content = _failure("unavailable" if isinstance(error, DaemonUnreachable) else failure_code(error))
         return Message(content, reply_to=message)
 
     return answer
@@ -54,98 +45,49 @@ def fixed_code_on_failure(handler: Handler) -> Callable[[Message, Context], Mess
 
 @app.query()
 @fixed_code_on_failure
-def enrol(_: Message, context: Context) -> RecordDict:
-    """Which client this node is, of how many where it knows, and which code it runs: node ids say nothing of it."""
-    client = _client(context, RunConfig.from_flower(context.run_config))
-    known = context.node_config.get("num-partitions")
-    nodes = known if isinstance(known, int) else 0
-    return RecordDict({"enrolment": ConfigRecord({"client": client, "nodes": nodes, "code_digest": code_digest()})})
+def enrol(message: Message, context: Context) -> RecordDict:
+    """Which client this node is, of how many where it knows, and which code its site runs."""
+    answer = _answer("enrol", message, context)
+    if answer.code != "ok":
+        return _failure(answer.code)
+    nodes = context.node_config.get("num-partitions", 0)
+    digest = str(answer.facts.get("code_digest", ""))
+    return RecordDict(
+        {"enrolment": ConfigRecord({"client": _client(context), "nodes": int(nodes), "code_digest": digest})}
+    )
 
 
 @app.train()
 @fixed_code_on_failure
 def train(message: Message, context: Context) -> RecordDict:
     """One round of this node's site."""
-    from fedlora.federation import memory, wire  # torch: not for enrolment
-
-    config = RunConfig.from_flower(context.run_config)
-    instruction = wire.decode_instruction(_unpack(message))
-    client, policy = _client(context, config), _policy(context)
-    if policy is None:
-        cohort = _simulated_cohort(config, context.run_id, client)
-    else:
-        cohort = _own_cohort(config, context.run_id, client, policy)
-    (site,) = cohort.sites
-    if "site" in context.state:
-        memory.recall(site, bytes(context.state["site"]["memory"].data))  # type: ignore[union-attr]
-    try:
-        (update,) = cohort.run(instruction)
-    finally:  # an admitted round is spent, whatever came of it
-        context.state["site"] = _pack("memory", memory.remember(site))
-    return RecordDict({"update": _pack("bytes", wire.encode_update(update))})
+    answer = _answer("round", message, context)
+    if answer.code != "ok":
+        return _failure(answer.code)
+    return RecordDict({"update": ArrayRecord({"bytes": Array("uint8", (len(answer.update),), "bytes", answer.update)})})
 
 
-@functools.lru_cache(maxsize=1024)
-def _simulated_cohort(config: RunConfig, run_id: int, client: int) -> Cohort:
-    """A cohort of one simulated site, kept as long as this process lives: the key names the run, as a site has one."""
-    from fedlora.federation.cohort import Cohort
-    from fedlora.federation.sites import make_site
-    from fedlora.privacy.ledger import Ledger
+def _answer(ask: Ask, message: Message, context: Context) -> Answer:
+    instruction = _instruction(message) if ask == "round" else b""
+    request = Request(ask=ask, client=_client(context), config=dict(context.run_config), instruction=instruction)
+    address = _daemon(context.node_config)
+    if address is not None:
+        return address.ask(request, limit=message.metadata.ttl)
+    if _in_simulation_engine():
+        from clients.simulated import answer
 
-    workbench, data, encoded = _simulated(config)
-    site = make_site(config, data, workbench.schedule, client)
-    return Cohort(workbench=workbench, dataset=encoded, sites=[site], ledger=Ledger.in_memory())
-
-
-@functools.lru_cache(maxsize=1)
-def _own_cohort(config: RunConfig, run_id: int, client: int, policy: SitePolicy) -> Cohort:
-    """This node's own site in one run, kept until another run, or a change of its policy, asks for another.
-
-    One only: every other run could fill the memory with another base model.
-
-    Raises:
-        PolicyRefused: by the site's policy, before its records or a model are touched.
-    """
-    from fedlora.federation.cohort import Cohort
-    from fedlora.federation.schedule import make_schedule
-    from fedlora.federation.sites import encode_training_data, load_own_data, localised, make_site
-    from fedlora.federation.workbench import build_workbench
-    from fedlora.privacy.ledger import Ledger
-
-    config = localised(config, policy)
-    data = load_own_data(config, client)
-    site = make_site(config, data, make_schedule(config), client, policy)
-    workbench, ledger = build_workbench(config), Ledger.open(policy.ledger)
-    return Cohort(workbench=workbench, dataset=encode_training_data(workbench, data), sites=[site], ledger=ledger)
-
-
-@functools.lru_cache(maxsize=1)
-def _simulated(config: RunConfig) -> tuple[Workbench, TrainingData, EncodedDataset]:
-    """Base model and encoded records: what is dear to build and the same for every simulated site in this process."""
-    from fedlora.federation.sites import encode_training_data, load_simulated_data
-    from fedlora.federation.workbench import build_workbench
-
-    workbench, data = build_workbench(config), load_simulated_data(config)
-    return workbench, data, encode_training_data(workbench, data)
-
-
-def _policy(context: Context) -> SitePolicy | None:
-    """The site's policy, read anew for every message, so that an edit counts at once; None for a simulated node.
-
-    Whoever started this node names it in the node's own configuration. No message from a server can change that.
-
-    Raises:
-        PolicyRefused: this is no simulated node and it names no policy, or one that cannot be used.
-    """
-    policy = context.node_config.get("policy")
-    if isinstance(policy, str):
-        return SitePolicy.from_toml(Path(policy))
-    if policy is None and _in_simulation_engine():
-        return None
-    raise PolicyRefused(
-        "this node names no policy, so it takes part in nothing; start it with "
-        """--node-config 'partition-id=… policy="/path/to/site.toml"'""",
+        return answer(request, context)
+    raise ConfigError(
+        "this node names no site, so it takes part in nothing; start it with "
+        """--node-config 'partition-id=… site="/path/to/site.sock"'"""
     )
+
+
+def _daemon(node: Mapping[str, object]) -> DaemonAddress | None:
+    """Where whoever started this node says that its site's daemon is; no message can change that."""
+    keys = {"place": "site", "authority": "site-authority", "certificate": "site-certificate", "key": "site-key"}
+    told = {name: str(node[key]) for name, key in keys.items() if key in node}
+    return DaemonAddress(**told) if "place" in told else None
 
 
 def _in_simulation_engine() -> bool:
@@ -154,41 +96,27 @@ def _in_simulation_engine() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _client(context: Context, config: RunConfig) -> int:
+def _client(context: Context) -> int:
     """This node's client index.
 
     Raises:
         ConfigError: the node was started without a usable partition-id.
     """
-    client, clients = context.node_config.get("partition-id"), config.federation.clients
-    if not isinstance(client, int) or not 0 <= client < clients:
+    client, clients = context.node_config.get("partition-id"), context.run_config.get("federation.clients")
+    if not isinstance(client, int) or not isinstance(clients, int) or not 0 <= client < clients:
         raise ConfigError(
-            f"this node's partition-id is {client}, wanted 0 to {clients - 1} (federation.clients = {clients}); "
+            f"this node's partition-id is {client}, wanted a number below federation.clients = {clients}, from 0; "
             'start it with --node-config "partition-id=…", or change federation.clients'
         )
     return client
 
 
-def _unpack(message: Message) -> bytes:
+def _instruction(message: Message) -> bytes:
     try:
         return bytes(message.content["instruction"]["bytes"].data)  # type: ignore[union-attr]
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ProtocolError("a message without an instruction; do server and client run the same fedlora?") from error
 
 
-def _pack(name: str, data: bytes) -> ArrayRecord:
-    """Bytes as Flower sends them in chunks; not an array for anyone to load."""
-    return ArrayRecord({name: Array("uint8", (len(data),), "bytes", data)})
-
-
-def _code(error: BaseException) -> str:
-    if isinstance(error, ProtocolError | AdapterError):
-        return "protocol"
-    exit_code = error.exit_code if isinstance(error, FedloraError) else 1
-    return {2: "bad_input", 3: "refused"}.get(exit_code, "internal")
-
-
-def _log_here(error: BaseException) -> None:
-    said = f": {error}" if isinstance(error, FedloraError) else ""
-    where = traceback.format_list(traceback.extract_tb(error.__traceback__))
-    log.error("%s%s\n%s", type(error).__name__, said, "".join(where))
+def _failure(code: str) -> RecordDict:
+    return RecordDict({"failure": ConfigRecord({"code": code})})

@@ -17,6 +17,7 @@
     ├── AdapterError             1   layouts that do not match
     ├── ProtocolError            1   a message that does not fit the round
     │   └── RoundRepeated            a round that was done before
+    ├── DaemonUnreachable        1   a site's daemon that does not answer
     ├── AuditContradiction       4   an audit refutes what a recipe claims
     └── RunInterrupted         130   stopped by hand; the run folder holds what is needed to go on
 
@@ -112,3 +113,7 @@ class ProtocolError(FedloraError):
 
 class RoundRepeated(ProtocolError):
     """A round that was asked for before; each is done, and charged, once."""
+
+
+class DaemonUnreachable(FedloraError):
+    """Nobody answers at a site's socket."""

@@ -10,10 +10,11 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.errors import FedloraError, ProtocolError
-from fedlora.experiments.record import code_digest
 from fedlora.federation import wire
-from fedlora.federation.messages import FAILURE_CODES, ClientFailure, RoundInstruction
+from fedlora.federation.failures import FAILURE_CODES
+from fedlora.federation.messages import ClientFailure, RoundInstruction
 from fedlora.federation.server import Reply
+from fedlora.provenance import code_digest
 
 NODES_DEADLINE = 300.0
 """Seconds until every client of the run must have joined, the engine's own start included."""

@@ -19,6 +19,7 @@ from fedlora.cli.calibrate import calibrate
 from fedlora.cli.report import report
 from fedlora.cli.runs import runs
 from fedlora.cli.simulate import simulate
+from fedlora.cli.site import site
 from fedlora.cli.sweep import sweep
 from fedlora.errors import FedloraError, RunInterrupted
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command in (simulate, sweep, report, calibrate, budget, audit, evaluate, predict):
     app.command()(command)
 app.add_typer(runs)
+app.add_typer(site)
 
 
 def main() -> NoReturn:

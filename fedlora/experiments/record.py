@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import fedlora
 from fedlora.config import RunConfig
 from fedlora.privacy.units import Guarantee
+from fedlora.provenance import code_digest, versions
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "peft", "opacus", "datasets", "numpy", "dp-accounting", "flwr", "safetensors")
 
 
 def make_record(
@@ -75,26 +72,6 @@ def guarantee_of(record: Mapping[str, Any]) -> Guarantee:
     """The guarantee that a record states, as it was made or as read from JSON, where ∞ is the text "inf"."""
     stated = record["privacy"]["guarantee"]
     return Guarantee(**{**stated, "epsilon": float(stated["epsilon"])})
-
-
-def code_digest() -> str:
-    """SHA-256 over the package's own Python files, by relative path and content."""
-    root = Path(fedlora.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python and of those of `packages` that are installed."""
-    found = {"python": sys.version.split()[0]}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def peak_memory_bytes() -> int:

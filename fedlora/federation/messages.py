@@ -52,13 +52,10 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """Client to server: no update. `code` is one of a fixed set and says nothing about records."""
+    """Client to server: no update. `code` is one of `FAILURE_CODES` and says nothing about records."""
 
     client: int
     code: str
-
-
-FAILURE_CODES = ("bad_input", "refused", "protocol", "internal", "no_reply")
 
 
 def check_update(update: ClientUpdate, instruction: RoundInstruction, layout: AdapterLayout) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from fedlora.engine.training import OptimizerState
-from fedlora.errors import ProtocolError
+from fedlora.errors import ProtocolError, RoundRepeated
 from fedlora.federation.messages import Facts, RoundInstruction
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.privacy.accounting import Charge, epsilon_curve
@@ -57,8 +57,9 @@ class Site:
         """The round that `instruction` asks for. Spends nothing.
 
         Raises:
-            ProtocolError: the round is of another run, not scheduled for this site, over, names another phase, or
-                another choice of modules than an earlier one.
+            ProtocolError: the round is of another run, not scheduled for this site, names another phase, or another
+                choice of modules than an earlier one.
+            RoundRepeated: it is over.
         """
         if self.run_id not in (None, instruction.run_id):
             raise ProtocolError(f"client {self.client} takes part in another run, and only in that")
@@ -69,7 +70,7 @@ class Site:
                 f"of phase {instruction.phase}"
             )
         if entry.index < self.next_round:
-            raise ProtocolError(f"client {self.client} has already done round {entry.index}; each round is done once")
+            raise RoundRepeated(f"client {self.client} has already done round {entry.index}; each round is done once")
         if self.mask not in (None, instruction.mask):
             raise ProtocolError(f"client {self.client} was told of another choice of modules; there is one for a run")
         return entry

@@ -50,8 +50,8 @@ def load_simulated_data(config: RunConfig, shelf: Shelf | None = None) -> Traini
     return TrainingData(records=records, parts=dict(enumerate(parts)))
 
 
-def load_own_data(config: RunConfig, client: int) -> TrainingData:
-    """A real site's records: all of them are its own, however the run would divide simulated ones.
+def load_own_data(config: RunConfig, client: int, shelf: Shelf) -> TrainingData:
+    """A real site's records, once for all runs of a process: all are its own, however a run divides simulated ones.
 
     Raises:
         ConfigError: the run wants a share of them, whose size would tell about them.
@@ -62,7 +62,7 @@ def load_own_data(config: RunConfig, client: int) -> TrainingData:
             f"data.train_share = {config.data.train_share:g} is for simulations: how many records of a site fall into "
             "a share depends on their texts; set data.train_share=1"
         )
-    records = Shelf().records(config, "train")
+    records = shelf.records(config, "train")
     return TrainingData(records=records, parts={client: np.arange(len(records), dtype=np.int64)})
 
 
@@ -76,8 +76,8 @@ def localised(config: RunConfig, policy: SitePolicy | None) -> RunConfig:
     if policy is None:
         return config
     policy.check_config(config)
-    policy.check_model(config.model.name, locate_model(config.model.name).digest)
     own = policy.localised(config)
+    policy.check_model(config.model.name, locate_model(own.model.name).digest)
     _check_own_settings(own, policy)
     return own
 

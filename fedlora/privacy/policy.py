@@ -1,6 +1,6 @@
 """A site's policy: what its owner allows, read from the owner's own disk. Whoever asks can be stricter, never looser.
 
-    [site]      ledger = "ledger.sqlite"           # beside this file
+    [site]      ledger = "ledger.sqlite", socket = "site.sock"           # beside this file
     [limits]    smallest_noise_multiplier = 0.4, largest_clip_norm = 2.0, most_steps_per_round = 50, most_rounds = 100
     [allow]     methods = ["ffa"], mechanisms = ["gaussian"], phases = ["prototype", "finetune"]
     [models]    "sentence-transformers/all-MiniLM-L6-v2" = "<SHA-256 of its weights>"
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 NO_FOLDER = ("hub", "generated")
 """Sources of records that are no folder."""
 
-_TABLES = ("site", "limits", "allow", "models", "data")
+_TABLES = ("site", "tls", "limits", "allow", "models", "data")
 _PHASES = ("prototype", "warmup", "alignment", "bilevel", "finetune", "evaluation")
 
 
@@ -47,6 +47,24 @@ class SiteSection(Section, section="site"):
     ledger: str = setting("ledger.sqlite", "the site's ledger; a relative path starts at the policy's folder")
     device: str = setting("auto", "what this site computes on: auto, cpu, cuda, cuda:1")
     token_budget: int | Literal["auto"] = setting("auto", "padded tokens that it computes at once", at_least=1)
+    socket: str = setting("site.sock", "where couriers reach the daemon, from the policy's folder")
+    socket_group: str = setting("", "operating-system group whose members may; empty: the daemon's own user alone")
+    answers: str = setting("answers.sqlite", "the last answer of each run, to be given again; from the policy's folder")
+    model_folder: str = setting("models", "folder of base models by name, looked into first; from the policy's folder")
+    metrics: str = setting("", "loopback address of health and metrics, such as 127.0.0.1:9464; empty: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsSection(Section, section="tls"):
+    """A second way to the daemon, for couriers that cannot reach its socket. Loopback only, certificates on both sides.
+
+    Paths start at the policy's folder.
+    """
+
+    address: str = required("loopback address and port, such as 127.0.0.1:7443")
+    certificate: str = required("the daemon's certificate, PEM")
+    key: str = required("its private key, PEM")
+    couriers: str = required("certificate of the authority that signed those of the couriers, PEM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +119,7 @@ class SitePolicy:
     """SHA-256 of the weights by model name, as `ModelSource.digest` gives it."""
     data: Mapping[str, DataPolicy] = field(hash=False)
     """By the site's own name for the data set."""
+    tls: TlsSection | None = None
     digest: str = field(default="", compare=False)
     """SHA-256 of the file, as `sha256sum` prints it. Follows from nothing but the owner's own words."""
 
@@ -143,12 +162,17 @@ class SitePolicy:
             allow=build_section(Allow, tables.get("allow", {})),
             models=dict(models),
             data={name: build_section(DataPolicy, table, f"data.{name}") for name, table in data.items()},
+            tls=build_section(TlsSection, tables["tls"]) if "tls" in tables else None,
             digest=digest,
         )
 
     @property
     def ledger(self) -> Path:
-        return self.path.parent / self.site.ledger
+        return self.beside(self.site.ledger)
+
+    def beside(self, place: str) -> Path:
+        """A path of the policy, which starts at the policy's own folder."""
+        return self.path.parent / place
 
     def data_set(self, task: str) -> tuple[str, DataPolicy]:
         """Name and policy of the data set for `task`.
@@ -169,11 +193,16 @@ class SitePolicy:
         return Cap(epsilon=data.max_epsilon, delta=data.max_delta)
 
     def localised(self, config: RunConfig) -> RunConfig:
-        """`config` with what only the site decides: where its records lie, what it computes on and how much at once."""
+        """`config` with what only the site decides: where records and model lie, what it computes on, how much at once.
+
+        The model is not looked for anywhere else if its name is a folder below `site.model_folder`.
+        """
         _, data = self.data_set(config.data.task)
-        source = data.source if data.source in NO_FOLDER else str(self.path.parent / data.source)
+        source = data.source if data.source in NO_FOLDER else str(self.beside(data.source))
+        bundled = self.beside(self.site.model_folder) / config.model.name
         return replace(
             config,
+            model=replace(config.model, name=str(bundled) if bundled.is_dir() else config.model.name),
             data=replace(config.data, source=source),
             engine=replace(config.engine, token_budget=self.site.token_budget),
             run=replace(config.run, device=self.site.device),

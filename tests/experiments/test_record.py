@@ -14,8 +14,8 @@ from dp_accounting import dp_event, pld, rdp
 import fedlora
 from fedlora.config import RunConfig
 from fedlora.experiments.progress import TerminalProgress
-from fedlora.experiments.record import code_digest
 from fedlora.experiments.simulate import simulate
+from fedlora.provenance import code_digest
 
 MakeRecord = Callable[..., dict[str, Any]]
 
@@ -133,12 +133,11 @@ def test_both_splits_of_mnli_are_reported(make_record: MakeRecord) -> None:
     assert "validation_mismatched/accuracy" in record["metrics"]
 
 
-def test_the_code_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_digest_follows_the_code(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text("a = 1\n")
-    monkeypatch.setattr(fedlora, "__file__", str(tmp_path / "__init__.py"))
-    before = code_digest()
+    before = code_digest(tmp_path)
     (tmp_path / "one.py").write_text("a = 2\n")
-    assert code_digest() != before
+    assert code_digest(tmp_path) != before
 
 
 def test_the_adapter_is_never_without_its_guarantee(make_record: MakeRecord, tmp_path: Path) -> None:

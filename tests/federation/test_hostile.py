@@ -31,7 +31,8 @@ import clients.app
 from fedlora.config import SECTIONS, RunConfig
 from fedlora.engine.prototypes import prototype_head, prototype_layout
 from fedlora.federation import cohort, wire
-from fedlora.federation.messages import FAILURE_CODES, ClientUpdate, RoundInstruction
+from fedlora.federation.failures import FAILURE_CODES
+from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.federation.workbench import build_workbench
 from fedlora.models import locate_model
 from fedlora.randomness import SecretRoot

@@ -13,7 +13,8 @@ import torch
 
 from fedlora.engine.prototypes import LARGEST_LOGIT
 from fedlora.errors import FedloraError
-from fedlora.federation.messages import FAILURE_CODES, ClientFailure, ClientUpdate, RoundInstruction
+from fedlora.federation.failures import FAILURE_CODES
+from fedlora.federation.messages import ClientFailure, ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
 from fedlora.randomness import SecretRoot
 

@@ -1,0 +1,240 @@
+"""The data owner's side of every request: policy, then what was answered before, then the same round as everywhere.
+
+One round at a time: the device and the base model are shared, whatever the data set. Whoever asks meanwhile waits in
+line; the line has an end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import LedgerUnavailable, ProtocolError
+from fedlora.federation import memory, wire
+from fedlora.federation.cohort import Cohort
+from fedlora.federation.failures import failure_code, log_failure
+from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.schedule import make_schedule
+from fedlora.federation.shelf import Shelf
+from fedlora.federation.site import Site
+from fedlora.federation.sites import load_own_data, localised, make_site
+from fedlora.federation.workbench import build_workbench
+from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.ledger import DataSet, Ledger
+from fedlora.privacy.policy import SitePolicy
+from fedlora.provenance import code_digest, versions
+from fedlora.site.answers import Answers, KeptAnswer
+from fedlora.site.protocol import Answer, Request
+
+LONGEST_LINE = 8
+"""Requests that wait for the one at work; more are told to come back."""
+
+log = logging.getLogger("fedlora.site")
+
+
+@dataclass(kw_only=True)
+class _Seat:
+    """One run's site at work; another run, or a change of the policy, takes its place."""
+
+    asker: str
+    """Digest of the configuration, and which client the site is."""
+    policy: SitePolicy
+    cohort: Cohort
+
+    @property
+    def site(self) -> Site:
+        (site,) = self.cohort.sites
+        return site
+
+
+class Desk:
+    """Answers what couriers bring. Holds records, base model, policy, ledger and secrets; none of them leaves it.
+
+    The policy is read anew for every request, so that an edit counts at once; a broken one refuses everything. Its
+    sections [site] and [tls] are those of the start.
+    """
+
+    def __init__(self, settings: Path) -> None:
+        """Open what the policy at `settings` names.
+
+        Raises:
+            PolicyRefused: the policy cannot be used.
+            LedgerUnavailable, LedgerBroken: the ledger or the kept answers cannot be.
+        """
+        self.policy = SitePolicy.from_toml(settings)
+        self._ledger = Ledger.open(self.policy.ledger)
+        self._answers = Answers.open(self.policy.beside(self.policy.site.answers))
+        self._shelf = Shelf()
+        self._seat: _Seat | None = None
+        self._turn = threading.Lock()
+        self._line = threading.BoundedSemaphore(LONGEST_LINE + 1)
+        self._tally: Counter[tuple[str, str]] = Counter()
+
+    def close(self) -> None:
+        """Wait for the round at work, then let go of everything."""
+        with self._turn:
+            self._clear()
+            self._answers.close()
+            self._ledger.close()
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request to enrol or for a round; whatever goes wrong is a code, and the log says why."""
+        if not self._line.acquire(blocking=False):
+            answer = Answer(code="busy")
+        else:
+            try:
+                with self._turn:
+                    answer = self._enrol(request) if request.ask == "enrol" else self._round(request)
+            except BaseException as error:  # a panic in a Rust extension is no Exception, and may quote its input too
+                log_failure(log, error)
+                answer = Answer(code=failure_code(error))
+            finally:
+                self._line.release()
+        self._tally[request.ask, answer.code] += 1
+        return answer
+
+    def status(self) -> dict[str, Any]:
+        """For the site's owner: what is spent, of what, and how requests were answered since the start."""
+        data_sets = [
+            {
+                "name": name,
+                "task": data.task,
+                "epsilon_counted": epsilon(
+                    self._ledger.charges(DataSet(fingerprint="", name=name)), data.max_delta, "pld"
+                ),
+                "max_epsilon": data.max_epsilon,
+                "max_delta": data.max_delta,
+            }
+            for name, data in self.policy.data.items()
+        ]
+        return {
+            "fedlora_version": versions(("fedlora",))["fedlora"],
+            "at_work": self._turn.locked(),
+            "answers": [
+                {"ask": ask, "code": code, "count": count} for (ask, code), count in sorted(self._tally.items())
+            ],
+            "data_sets": data_sets,
+        }
+
+    def _enrol(self, request: Request) -> Answer:
+        """Whether the site would take part, found out with records and model at hand. Charges nothing."""
+        config, policy = self._asked(request)
+        self._seat_for(config, request, policy)
+        log.info("client %d joins: %s, configuration %s", request.client, config.data.task, config.digest()[:16])
+        return Answer(facts={"client": request.client, "code_digest": code_digest()})
+
+    def _round(self, request: Request) -> Answer:
+        """One round; or the answer given before, where the question is the very same."""
+        config, policy = self._asked(request)
+        instruction = wire.decode_instruction(request.instruction)
+        _check_run(config, instruction)
+        data_set, _ = policy.data_set(config.data.task)
+        asked, kept = _digest(config, request), self._answers.last(data_set, instruction.run_id)
+        if kept is not None and kept.asked == asked and kept.update is not None:
+            log.info("run %s, round %d: the answer given before", instruction.run_id, instruction.round_index)
+            return Answer(update=kept.update)
+        seat = self._seat_in_run(config, request, policy, instruction, kept)
+        before, update = seat.site.next_round, None
+        try:
+            (made,) = seat.cohort.run(instruction)
+            update = wire.encode_update(made)
+        finally:
+            if seat.site.next_round != before:  # admitted, so it is spent, whatever came of it
+                self._keep(data_set, instruction, asked, update, seat.site)
+        log.info("run %s, round %d (%s): answered", instruction.run_id, instruction.round_index, instruction.phase)
+        return Answer(update=update)
+
+    def _asked(self, request: Request) -> tuple[RunConfig, SitePolicy]:
+        """The run's configuration, and the policy that allows it.
+
+        Raises:
+            ConfigError: it is none.
+            PolicyRefused: by what the configuration alone tells.
+        """
+        config = RunConfig.from_flower(request.config)
+        if request.client >= config.federation.clients:
+            raise ProtocolError(f"client {request.client} of a run with {config.federation.clients} clients")
+        policy = replace(SitePolicy.from_toml(self.policy.path), site=self.policy.site, tls=self.policy.tls)
+        policy.check_config(config)
+        return config, policy
+
+    def _seat_in_run(
+        self,
+        config: RunConfig,
+        request: Request,
+        policy: SitePolicy,
+        instruction: RoundInstruction,
+        kept: KeptAnswer | None,
+    ) -> _Seat:
+        """This site as it stands in the instruction's run: what was done before is over, by memory and by ledger."""
+        seat = self._seat_for(config, request, policy)
+        if seat.site.run_id not in (None, instruction.run_id):
+            self._clear()
+            seat = self._seat_for(config, request, policy)
+        if seat.site.run_id is None:
+            if kept is not None:
+                memory.recall(seat.site, kept.memory)
+            charged = self._ledger.rounds(instruction.run_id)
+            seat.site.next_round = max(seat.site.next_round, max(charged, default=-1) + 1)
+        return seat
+
+    def _seat_for(self, config: RunConfig, request: Request, policy: SitePolicy) -> _Seat:
+        """Records, model and plan for `config`: at hand, or made ready once the policy agrees to all of them."""
+        asker, seat = _asker(config, request), self._seat
+        if seat is not None and (seat.asker, seat.policy) == (asker, policy):
+            return seat
+        self._clear()
+        if seat is not None and seat.policy != policy:
+            self._shelf = Shelf()  # what lies there was looked at under another policy
+        config = localised(config, policy)
+        data = load_own_data(config, request.client, self._shelf)
+        site = make_site(config, data, make_schedule(config), request.client, policy)
+        workbench = build_workbench(config, self._shelf)
+        dataset = self._shelf.encoded(config, "train", workbench.classifier)
+        cohort = Cohort(workbench=workbench, dataset=dataset, sites=[site], ledger=self._ledger)
+        self._seat = _Seat(asker=asker, policy=policy, cohort=cohort)
+        return self._seat
+
+    def _clear(self) -> None:
+        """Give the base model back; the site's secrets go for good."""
+        if self._seat is not None:
+            self._seat.cohort.workbench.detach()
+            self._seat = None
+
+    def _keep(self, data_set: str, instruction: RoundInstruction, asked: str, update: bytes | None, site: Site) -> None:
+        """Keep what was released. A full disk is no reason to withhold what is charged already: it may go, once."""
+        kept = KeptAnswer(round_index=instruction.round_index, asked=asked, update=update, memory=memory.remember(site))
+        try:
+            self._answers.keep(data_set, instruction.run_id, kept)
+        except LedgerUnavailable as error:
+            log_failure(log, error)
+
+
+def _check_run(config: RunConfig, instruction: RoundInstruction) -> None:
+    """A run's id begins with the digest of its configuration, so that one run is one configuration at every site.
+
+    Raises:
+        ProtocolError: this one does not.
+    """
+    if not instruction.run_id.startswith(f"{config.digest()[:16]}-"):
+        raise ProtocolError(
+            f"run {instruction.run_id} began with another configuration than the one it is asked with, "
+            f"{config.digest()[:16]}; server and site run different configurations"
+        )
+
+
+def _asker(config: RunConfig, request: Request) -> str:
+    return f"{config.digest()}/{request.client}"
+
+
+def _digest(config: RunConfig, request: Request) -> str:
+    """Of the question: the very same one has the very same answer."""
+    text = json.dumps([_asker(config, request), hashlib.sha256(request.instruction).hexdigest()])
+    return hashlib.sha256(text.encode()).hexdigest()
