@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from fedlora.errors import AdapterError, FedloraError, ProtocolError, RoundRepeated
+from fedlora.errors import AdapterError, FedloraError, PolicyRefused, ProtocolError, RoundRepeated
 
 FAILURE_CODES = (
     "bad_input",  # the configuration, the records or the model, for the site's or the run's owner to correct
@@ -38,7 +38,9 @@ def failure_code(error: BaseException) -> str:
 
 def log_failure(log: logging.Logger, error: BaseException) -> None:
     """Say at the site what happened, without what a foreign exception's text may quote."""
-    if isinstance(error, FedloraError):
+    if isinstance(error, PolicyRefused):
+        log.error("refused by the rule %s: %s", error.rule, error)
+    elif isinstance(error, FedloraError):
         log.error("%s: %s", type(error).__name__, error)
     else:
         where = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))

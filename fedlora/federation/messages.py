@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,21 @@ class RoundInstruction:
     @property
     def num_bytes(self) -> int:
         """Of its numbers; a mask has a bit per candidate."""
-        tensors = (self.theta, *(self.head or ()))
-        return sum(int(tensor.nbytes) for tensor in tensors) + -(-len(self.mask or ()) // 8)
+        return sum(int(tensor.nbytes) for tensor in self._tensors) + -(-len(self.mask or ()) // 8)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it, in hex; its bytes on the wire have no order of their own to rely on."""
+        names = [self.run_id, self.round_index, self.phase, self.layout_digest, self.mask]
+        shapes = [list(tensor.shape) for tensor in self._tensors]
+        digest = hashlib.sha256(json.dumps([names, shapes]).encode())
+        for tensor in self._tensors:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.theta, *(self.head or ()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ line; the line has an end.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 from collections import Counter
@@ -136,7 +135,8 @@ class Desk:
         instruction = wire.decode_instruction(request.instruction)
         _check_run(config, instruction)
         data_set, _ = policy.data_set(config.data.task)
-        asked, kept = _digest(config, request), self._answers.last(data_set, instruction.run_id)
+        asked = _digest(config, request, instruction)
+        kept = self._answers.last(data_set, instruction.run_id)
         if kept is not None and kept.asked == asked and kept.update is not None:
             log.info("run %s, round %d: the answer given before", instruction.run_id, instruction.round_index)
             return Answer(update=kept.update)
@@ -234,7 +234,6 @@ def _asker(config: RunConfig, request: Request) -> str:
     return f"{config.digest()}/{request.client}"
 
 
-def _digest(config: RunConfig, request: Request) -> str:
+def _digest(config: RunConfig, request: Request, instruction: RoundInstruction) -> str:
     """Of the question: the very same one has the very same answer."""
-    text = json.dumps([_asker(config, request), hashlib.sha256(request.instruction).hexdigest()])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(f"{_asker(config, request)}/{instruction.digest}".encode()).hexdigest()
