@@ -18,6 +18,8 @@ from fedlora.errors import FedloraError
 MARK = "FEDLORA_LOOPBACK"
 """Environment variable that every process of a service inherits, also those that leave its group and session."""
 READY_WITHIN = 60.0
+RESTARTED_WITHIN = 150.0
+RESTART_AFTER = 2.0
 STOP_WITHIN = 15.0
 POLL = 0.05
 
@@ -65,6 +67,23 @@ class Service:
         """
         self.launch()
         self.wait_ready(within)
+
+    def restart(self, within: float = RESTARTED_WITHIN) -> None:
+        """Start it again and again until it can be used, as systemd does.
+
+        A SuperNode that was killed is refused until the SuperLink has missed its heartbeat for a minute.
+
+        Raises:
+            FedloraError: as the last `start`.
+        """
+        last = time.monotonic() + within
+        while True:
+            try:
+                return self.start(last - time.monotonic())
+            except FedloraError:
+                if self.alive or time.monotonic() > last:
+                    raise
+            time.sleep(RESTART_AFTER)
 
     def launch(self) -> None:
         """Start it and do not wait."""
