@@ -46,7 +46,7 @@ class Records:
     def __post_init__(self) -> None:
         lengths = {len(column) for column in (*self.texts, *self.columns.values())}
         if lengths != {len(self.labels)}:
-            raise DataError(f"columns of {sorted(lengths)} values with {len(self.labels)} labels; wanted one length")
+            raise DataError("columns and labels of several lengths; wanted one length")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,15 +144,14 @@ def _to_records(spec: TaskSpec, table: Table, origin: str) -> Records:
     missing = [name for name in wanted if name not in table]
     if missing:
         raise DataError(
-            f"{origin} has no column {', '.join(missing)} (columns: {_listed(table)}); "
-            f"{spec.name} needs {', '.join(wanted)}: is this folder another task's?"
+            f"{origin} has no column {', '.join(missing)}; {spec.name} needs {', '.join(wanted)}: "
+            "is this folder another task's, or its first line no header?"  # which is not shown: it may be a record
         )
     if not table[LABEL_COLUMN]:
         raise DataError(f"{origin} holds no record; wanted at least one: was the download cut short?")
     for name in spec.text_columns:
-        bad = sum(not isinstance(text, str) for text in table[name])
-        if bad:
-            raise DataError(f"{origin}: {bad} values of column {name} are not text; remove or fix those rows")
+        if not all(isinstance(text, str) for text in table[name]):
+            raise DataError(f"{origin}: some values of column {name} are not text; remove or fix those rows")
     return Records(
         texts=tuple(table[name] for name in spec.text_columns),
         labels=_labels(spec, table[LABEL_COLUMN], origin),
@@ -174,7 +173,7 @@ def _labels(spec: TaskSpec, values: Sequence[Any], origin: str) -> np.ndarray:
         outside |= numbers != np.floor(numbers)
     if outside.any():
         raise DataError(
-            f"{origin}: {int(outside.sum())} of {len(numbers)} labels are outside {low} to {high}; "
+            f"{origin}: some labels are outside {low} to {high}; "
             "GLUE's test labels are hidden (-1): use a train or validation split"
         )
     return numbers.astype(np.float32 if spec.regression else np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Mapping
 
 from fedlora.errors import AdapterError, FedloraError, PolicyRefused, ProtocolError, RoundRepeated
 
@@ -36,12 +37,19 @@ def failure_code(error: BaseException) -> str:
     return {2: "bad_input", 3: "refused"}.get(exit_code, "internal")
 
 
-def log_failure(log: logging.Logger, error: BaseException) -> None:
-    """Say at the site what happened, without what a foreign exception's text may quote."""
+def log_failure(log: logging.Logger, error: BaseException, request: Mapping[str, str | int] | None = None) -> None:
+    """Say at the site what happened, without what a foreign exception's text may quote.
+
+    Args:
+        log: of the site, or of who carries for it.
+        error: that ended a request.
+        request: public facts of it.
+    """
+    fields = {**(request or {}), "code": failure_code(error)}
     if isinstance(error, PolicyRefused):
-        log.error("refused by the rule %s: %s", error.rule, error)
+        log.error("refused by the rule %s: %s", error.rule, error, extra=fields)
     elif isinstance(error, FedloraError):
-        log.error("%s: %s", type(error).__name__, error)
+        log.error("%s: %s", type(error).__name__, error, extra=fields)
     else:
         where = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
-        log.error("%s\n%s", type(error).__name__, where)
+        log.error("%s\n%s", type(error).__name__, where.rstrip(), extra=fields)

@@ -145,8 +145,14 @@ def make_site(
     try:
         plan = make_plan(config, num_examples=size, num_steps=planned_steps(mine, client), client=client)
     except DataError as error:
-        if policy is None or declared is None:
+        if policy is None:
             raise
+        if declared is None:  # how many records there are is not said: logs travel
+            batch = config.training.expected_batch_size
+            raise DataError(
+                f"training.expected_batch_size = {batch} is too large for the records of this site; the run has to ask "
+                "for less"
+            ) from error
         raise DataError(f"{error}. The policy {policy.path} sets this number: public_size = {declared}") from error
     if policy is not None:
         policy.check_plan(plan)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
-from fedlora.errors import LedgerUnavailable, ProtocolError
+from fedlora.errors import LedgerBroken, LedgerUnavailable, PolicyRefused, ProtocolError
 from fedlora.federation import memory, wire
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.failures import failure_code, log_failure
@@ -30,6 +30,7 @@ from fedlora.privacy.ledger import DataSet, Ledger
 from fedlora.privacy.policy import SitePolicy
 from fedlora.provenance import code_digest, versions
 from fedlora.site.answers import Answers, KeptAnswer
+from fedlora.site.health import health
 from fedlora.site.protocol import Answer, Request
 
 LONGEST_LINE = 8
@@ -92,7 +93,7 @@ class Desk:
                 with self._turn:
                     answer = self._enrol(request) if request.ask == "enrol" else self._round(request)
             except BaseException as error:  # a panic in a Rust extension is no Exception, and may quote its input too
-                log_failure(log, error)
+                log_failure(log, error, {"ask": request.ask, "client": request.client})
                 answer = Answer(code=failure_code(error))
             finally:
                 self._line.release()
@@ -101,20 +102,23 @@ class Desk:
 
     def status(self) -> dict[str, Any]:
         """For the site's owner: what is spent, of what, and how requests were answered since the start."""
+        try:
+            policy = self._policy_now()
+        except PolicyRefused:
+            policy = self.policy
         data_sets = [
             {
                 "name": name,
                 "task": data.task,
-                "epsilon_counted": epsilon(
-                    self._ledger.charges(DataSet(fingerprint="", name=name)), data.max_delta, "pld"
-                ),
+                "epsilon_counted": self._counted(name, data.max_delta),
                 "max_epsilon": data.max_epsilon,
                 "max_delta": data.max_delta,
             }
-            for name, data in self.policy.data.items()
+            for name, data in policy.data.items()
         ]
         return {
             "fedlora_version": versions(("fedlora",))["fedlora"],
+            "health": health(policy) or "ok",
             "at_work": self._turn.locked(),
             "answers": [
                 {"ask": ask, "code": code, "count": count} for (ask, code), count in sorted(self._tally.items())
@@ -122,11 +126,27 @@ class Desk:
             "data_sets": data_sets,
         }
 
+    def _counted(self, name: str, delta: float) -> float | None:
+        """ε of all that was ever charged to the data set; None where its ledger cannot be read."""
+        try:
+            return epsilon(self._ledger.charges(DataSet(fingerprint="", name=name)), delta, "pld")
+        except (LedgerUnavailable, LedgerBroken):
+            return None
+
+    def _policy_now(self) -> SitePolicy:
+        """What the file says at this moment, with [site] and [tls] as they were at the start.
+
+        Raises:
+            PolicyRefused: it cannot be used.
+        """
+        return replace(SitePolicy.from_toml(self.policy.path), site=self.policy.site, tls=self.policy.tls)
+
     def _enrol(self, request: Request) -> Answer:
         """Whether the site would take part, found out with records and model at hand. Charges nothing."""
         config, policy = self._asked(request)
         self._seat_for(config, request, policy)
-        log.info("client %d joins: %s, configuration %s", request.client, config.data.task, config.digest()[:16])
+        known = {"client": request.client, "task": config.data.task, "configuration": config.digest()[:16]}
+        log.info("enrolled", extra=known)
         return Answer(facts={"client": request.client, "code_digest": code_digest()})
 
     def _round(self, request: Request) -> Answer:
@@ -138,7 +158,7 @@ class Desk:
         asked = _digest(config, request, instruction)
         kept = self._answers.last(data_set, instruction.run_id)
         if kept is not None and kept.asked == asked and kept.update is not None:
-            log.info("run %s, round %d: the answer given before", instruction.run_id, instruction.round_index)
+            log.info("answered as before", extra=_public(instruction))
             return Answer(update=kept.update)
         seat = self._seat_in_run(config, request, policy, instruction, kept)
         before, update = seat.site.next_round, None
@@ -148,7 +168,7 @@ class Desk:
         finally:
             if seat.site.next_round != before:  # admitted, so it is spent, whatever came of it
                 self._keep(data_set, instruction, asked, update, seat.site)
-        log.info("run %s, round %d (%s): answered", instruction.run_id, instruction.round_index, instruction.phase)
+        log.info("answered", extra=_public(instruction))  # not how long it took: a batch's size is private and shows
         return Answer(update=update)
 
     def _asked(self, request: Request) -> tuple[RunConfig, SitePolicy]:
@@ -161,7 +181,7 @@ class Desk:
         config = RunConfig.from_flower(request.config)
         if request.client >= config.federation.clients:
             raise ProtocolError(f"client {request.client} of a run with {config.federation.clients} clients")
-        policy = replace(SitePolicy.from_toml(self.policy.path), site=self.policy.site, tls=self.policy.tls)
+        policy = self._policy_now()
         policy.check_config(config)
         return config, policy
 
@@ -228,6 +248,11 @@ def _check_run(config: RunConfig, instruction: RoundInstruction) -> None:
             f"run {instruction.run_id} began with another configuration than the one it is asked with, "
             f"{config.digest()[:16]}; server and site run different configurations"
         )
+
+
+def _public(instruction: RoundInstruction) -> dict[str, str | int]:
+    """What a log may say of a round."""
+    return {"run": instruction.run_id, "round": instruction.round_index, "phase": instruction.phase}
 
 
 def _asker(config: RunConfig, request: Request) -> str:

@@ -149,12 +149,12 @@ def test_a_missing_validation_split_is_left_out_and_said(tmp_path: Path, caplog:
     ("table", "message"),
     [
         ({"text": ["secret"], "label": [0]}, "no column sentence"),
-        ({"sentence": ["secret", "secret"], "label": [-1, 0]}, r"1 of 2 labels are outside 0 to 1; .*hidden"),
+        ({"sentence": ["secret", "secret"], "label": [-1, 0]}, r"some labels are outside 0 to 1; .*hidden"),
         ({"sentence": ["secret"], "label": [2]}, "outside 0 to 1"),
         ({"sentence": ["secret"], "label": [0.5]}, "outside 0 to 1"),
         ({"sentence": ["secret"], "label": ["secret"]}, "wanted negative, positive"),
         ({"sentence": ["secret"], "label": pyarrow.array([None], pyarrow.int64())}, "no label"),
-        ({"sentence": ["secret", None], "label": [0, 1]}, "1 values of column sentence are not text"),
+        ({"sentence": ["secret", None], "label": [0, 1]}, "some values of column sentence are not text"),
         ({"sentence": pyarrow.array([], pyarrow.string()), "label": []}, "holds no record"),
     ],
 )
