@@ -13,11 +13,13 @@ Only 127.0.0.1 is used. On leaving the block every process is ended, and what pr
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,25 +125,23 @@ class Loopback:
             supernode.wait_ready()
         return added
 
-    def add_supernode(self, node_config: str, *, key: Path | None, authority: Path | None = None) -> Service:
-        """A SuperNode that is yet to be started.
+    def add_supernode(self, node_config: str, *, key: Path, authority: Path | None = None) -> Service:
+        """A SuperNode that is yet to be started, by deploy/supernode.sh.
 
         Args:
             node_config: what `--node-config` gets.
-            key: its private key, registered or not; None starts it without one.
-            authority: another certificate authority than the federation's; `Path()` means plain HTTP.
+            key: its private key, registered or not.
+            authority: another than the federation's own.
         """
-        port = self.port if self.wire is None else self.wire.port
-        trust = ["--root-certificates", str(authority or self.certificates.authority)]
-        if authority == Path():
-            trust = ["--insecure"]
-        name = f"supernode-{len(self.supernodes)}"
-        command = ["flower-supernode", *trust, "--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
-        command += ["--node-config", node_config]
-        command += [] if key is None else ["--auth-supernode-private-key", str(key)]
-        service = self._service(name, command, lambda service: NODE_ID_LINE in service.log())
-        self.supernodes.append(service)
-        return service
+        trust, state = authority or self.certificates.authority, self.folder / f"supernode-{len(self.supernodes)}"
+        command = [str(ROOT / "deploy" / "supernode.sh"), self._fleet_address, str(trust), str(key), str(state)]
+        return self._add_supernode([*command, node_config, "--port", str(free_port())])
+
+    def add_stranger(self, *options: str) -> Service:
+        """`flower-supernode` with nothing but the SuperLink's address and `options`, yet to be started."""
+        return self._add_supernode(
+            ["flower-supernode", "--superlink", self._fleet_address, "--port", str(free_port()), *options]
+        )
 
     def start_site(self, policy: Path, answers_at: Path) -> Service:
         """`fedlora site serve POLICY`, ready when it answers at the socket `answers_at`."""
@@ -214,14 +214,23 @@ class Loopback:
         return done
 
     def _superlink(self) -> Service:
-        keys = self.certificates
-        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
-        command += ["--ssl-ca-certfile", str(keys.authority), "--ssl-certfile", str(keys.server)]
-        command += ["--ssl-keyfile", str(keys.server_key), "--disable-runtime-dependency-installation"]
-        command += ["--database", str(self.folder / "superlink" / "state.db")]
+        script, state = ROOT / "deploy" / "superlink.sh", self.folder / "superlink"
+        listen = ["--host", "127.0.0.1", "--port", str(self.port)]
+        command = [str(script), str(self.certificates.folder), str(state), *listen]
         return self._service("superlink", command, lambda _: _accepts(self.port))
 
-    def _service(self, name: str, command: Sequence[str], ready: Any) -> Service:
+    @property
+    def _fleet_address(self) -> str:
+        return f"127.0.0.1:{self.port if self.wire is None else self.wire.port}"
+
+    def _add_supernode(self, command: Sequence[str]) -> Service:
+        service = self._service(
+            f"supernode-{len(self.supernodes)}", command, lambda service: NODE_ID_LINE in service.log()
+        )
+        self.supernodes.append(service)
+        return service
+
+    def _service(self, name: str, command: Sequence[str], ready: Callable[[Service], bool]) -> Service:
         """Each has a Flower home of its own, as on machines of their own."""
         folder = self.folder / name
         environment = quiet_environment(EXECUTABLES, FLWR_HOME=str(folder / "home"))
@@ -235,15 +244,23 @@ class Loopback:
 
     def _stop_all(self) -> None:
         """SuperNodes first, which say goodbye; every service gets its turn whatever happens to another."""
-        with ExitStack() as stack:
-            for service in (*self.sites, self.superlink, *self.supernodes):
+        with ExitStack() as stack, ThreadPoolExecutor() as together:
+            for service in (*self.sites, self.superlink):
                 stack.callback(service.stop)
+            for goodbye in [together.submit(supernode.stop) for supernode in self.supernodes]:
+                stack.callback(goodbye.result)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the system hands out: a client that keeps trying a dead one of those can meet itself."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise FedloraError("no free port between 20000 and 32000 on 127.0.0.1")
 
 
 def _accepts(port: int) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,16 +114,20 @@ class Service:
                 raise FedloraError(f"{self.name} is not ready after {within:g} s:\n{self.log()[-3000:]}")
             time.sleep(POLL)
 
+    def terminate(self) -> None:
+        """SIGTERM to the command and to all it started, as systemd does; without waiting."""
+        self._signal(signal.SIGTERM)
+
     def stop(self, within: float = STOP_WITHIN) -> None:
-        """SIGTERM to the command; after `within` seconds SIGKILL to it and to all it started."""
-        if self._process is not None and self.alive:
-            self._process.terminate()
-            try:
+        """As `terminate`, and SIGKILL to what is left after `within` seconds."""
+        self.terminate()
+        last = time.monotonic() + within
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(within)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        end(self.processes(), within=2.0)
+        end(self.processes(), within=max(0.0, last - time.monotonic()))
+        if self._process is not None:
+            self._process.wait()
 
     def kill(self) -> None:
         """SIGKILL to the command only, as a crash would: what it started is left to itself."""
@@ -162,14 +167,16 @@ class Service:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self.processes():
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
 
 def end(processes: Iterable[psutil.Process], within: float) -> None:
     """Let `processes` go by themselves, and kill those that do not."""
     _, left = psutil.wait_procs([*processes], timeout=within)
     for process in left:
-        process.kill()  # psutil looks whether the id still belongs to the process it found
+        with suppress(psutil.NoSuchProcess):
+            process.kill()  # psutil looks whether the id still belongs to the process it found
     psutil.wait_procs(left, timeout=within)
 
 
