@@ -85,13 +85,15 @@ class _TextLines(_Lines):
 
 class _JsonLines(_Lines):
     def format(self, record: logging.LogRecord) -> str:
-        line = _fields(record) | {
+        line = {
             "time": self.time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": self.message(record),
         }
-        return json.dumps(line, default=str)
+        return json.dumps(
+            line | {name: value for name, value in _fields(record).items() if name not in line}, default=str
+        )
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class SiteMetrics(Collector):
         facts = self._desk.status()
         yield InfoMetricFamily("fedlora_site", "What serves this site.", {"version": facts["fedlora_version"]})
         yield _gauge("fedlora_site_healthy", "1 where rounds can be done, by /health.", facts["health"] == "ok")
+        writable = facts["health"] != "ledger"
+        yield _gauge("fedlora_site_ledger_writable", "1 where the next charge can be written.", writable)
         yield _gauge("fedlora_site_at_work", "1 while a request is at work.", facts["at_work"])
         requests = CounterMetricFamily(
             "fedlora_site_requests", "Requests answered since the start.", labels=("ask", "code")
