@@ -49,7 +49,7 @@ def enrol(message: Message, context: Context) -> RecordDict:
     """Which client this node is, of how many where it knows, and which code its site runs."""
     answer = _answer("enrol", message, context)
     if answer.code != "ok":
-        return _failure(answer.code)
+        return _failure(answer.code, _client(context))
     nodes = context.node_config.get("num-partitions", 0)
     digest = str(answer.facts.get("code_digest", ""))
     return RecordDict(
@@ -118,5 +118,7 @@ def _instruction(message: Message) -> bytes:
         raise ProtocolError("a message without an instruction; do server and client run the same fedlora?") from error
 
 
-def _failure(code: str) -> RecordDict:
-    return RecordDict({"failure": ConfigRecord({"code": code})})
+def _failure(code: str, client: int | None = None) -> RecordDict:
+    """No answer; of which client, where the server has yet to learn it."""
+    whose = {} if client is None else {"client": client}
+    return RecordDict({"failure": ConfigRecord({"code": code, **whose})})

@@ -118,9 +118,26 @@ class FederationConfig(Section, section="federation"):
     participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
     weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
     server_optimizer: Literal["none"] = setting("none", "none: the mean is the next global state")
+    minimum_clients: int = setting(
+        1, "a round that fewer answer usably ends the run, which can be gone on with", at_least=1
+    )
+    join_deadline: float = setting(
+        300.0, "seconds until a run over a network begins with those who are there, if they are enough", above=0
+    )
+    round_deadline: float = setting(
+        3600.0, "seconds until a round goes on without who has not answered", above=0
+    )
+    rejoin_deadline: float = setting(
+        60.0, "seconds that rounds wait for a client that has gone away, its node or its site's daemon", at_least=0
+    )
     private_evaluation: bool = setting(
         False, "after the last round each client releases a noised confusion matrix of its held-out records"
     )
+
+    @property
+    def cohort_size(self) -> int:
+        """How many clients are asked in a round of training."""
+        return max(1, round(self.participation * self.clients))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,15 +295,25 @@ class RunConfig:
         }
 
     def digest(self) -> str:
-        """SHA-256 of what decides the result: everything but the output folder and the transport."""
+        """SHA-256 of what decides the result: not where it goes, how, and how long anyone waits."""
         tables = self.to_mapping()
-        del tables["run"]["out"], tables["run"]["transport"]
+        for section, key in _NO_PART_OF_THE_RESULT:
+            del tables[section][key]
         canonical = json.dumps(tables, sort_keys=True, default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_overrides(self, *overrides: str) -> Self:
         return type(self).from_mapping(self.to_mapping(), overrides)
 
+
+_NO_PART_OF_THE_RESULT = (
+    ("run", "out"),
+    ("run", "transport"),
+    ("federation", "minimum_clients"),
+    ("federation", "join_deadline"),
+    ("federation", "round_deadline"),
+    ("federation", "rejoin_deadline"),
+)
 
 SECTIONS: dict[str, type[Section]] = {
     spec.name: typing.cast(type[Section], spec.default_factory) for spec in dataclasses.fields(RunConfig)
@@ -312,6 +339,11 @@ def parse_override(override: str) -> tuple[str, str, Any]:
 
 def _check_relations(config: RunConfig) -> None:
     _check_selection(config)
+    if config.federation.minimum_clients > (asked := config.federation.cohort_size):
+        raise ConfigError(
+            f"federation.minimum_clients = {config.federation.minimum_clients}, but a round asks {asked} of "
+            f"{config.federation.clients} clients; lower it, or raise federation.participation"
+        )
     if config.data.task == "stsb" and config.model.head == "prototype":
         raise ConfigError(
             "model.head = prototype needs classes, but data.task = stsb is a regression; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "peft", "opacus", "datasets", "numpy", "dp-accounting", "flwr", "safetensors")
 
 
+@functools.cache  # of the code that this process began with, whatever is written over it later
 def code_digest(root: Path = Path(__file__).parent) -> str:
     """SHA-256 over the package's own Python files, by relative path and content."""
     digest = hashlib.sha256()

@@ -1,4 +1,8 @@
-"""Flower ServerApp: run_config → RunConfig → the same round loop as every run, over Flower's Grid."""
+"""Flower ServerApp: run_config → RunConfig → the same round loop as every run, over Flower's Grid.
+
+It ends honestly: a run that fails raises, so that Flower calls it failed, and says why in the run folder. Submitted
+once more with the same `run.out`, an interrupted run goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.config import RunConfig
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.simulate import run_server
+from fedlora.experiments.simulate import Progress, run_server
 from fedlora.federation.selection import check_selection
 from fedlora.federation.workbench import Workbench, build_workbench
-from server.transport import NODES_DEADLINE, ROUND_TIMEOUT, GridTransport, enrol
+from server.answers import RoundAnswers
+from server.roster import Roster
+from server.transport import GridTransport
 
 app = ServerApp()
 log = logging.getLogger("fedlora.server")
@@ -21,27 +27,41 @@ log = logging.getLogger("fedlora.server")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """`flwr run`: a new run folder at run.out, which should be absolute, since Flower's server has its own folder."""
-    config = RunConfig.from_flower(context.run_config).with_overrides("run.transport=flower")
-    RunFolder.check_free(config)
-    workbench, transport = connect(grid, config)
-    folder = RunFolder.create(config)
+    """`flwr run`: the run of `run.out`, which should be absolute, since Flower's server has a folder of its own."""
+    workbench = prepare(RunConfig.from_flower(context.run_config).with_overrides("run.transport=flower"))
+    folder = RunFolder.of(workbench.config)
     log.warning("run folder: %s", folder.path.absolute())
     with TerminalProgress() as progress:
-        run_server(config, folder, workbench, transport, (), progress)
+        serve(grid, workbench, folder, progress)
 
 
-def connect(
-    grid: Grid, config: RunConfig, *, nodes_deadline: float = NODES_DEADLINE, round_timeout: float = ROUND_TIMEOUT
-) -> tuple[Workbench, GridTransport]:
-    """What the server needs for its rounds: its own copy of the model, and a way to every client of the run.
+def prepare(config: RunConfig) -> Workbench:
+    """The server's own copy of the model.
 
     Raises:
         ModelError: the model or a target module cannot be found.
         ConfigError: modules cannot be chosen as asked.
-        FedloraError: the nodes do not become the clients of this run before the deadline.
     """
     workbench = build_workbench(config)
     check_selection(workbench)
-    nodes = enrol(grid, config.federation.clients, nodes_deadline)
-    return workbench, GridTransport(grid=grid, nodes=nodes, timeout=round_timeout)
+    return workbench
+
+
+def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progress) -> None:
+    """Do the rounds that `folder` lacks with the nodes of `grid`.
+
+    Raises:
+        RunFolderError: the folder holds no state of this run, or another process is at work on it.
+        FedloraError: too few nodes become clients of this run before the deadline, or the run failed.
+    """
+    config, federation = workbench.config, workbench.config.federation
+    with folder.failing():
+        roster = Roster(grid=grid, clients=federation.clients, ttl=federation.round_deadline)
+        roster.wait(federation.join_deadline, federation.minimum_clients)
+        transport = GridTransport(
+            roster=roster,
+            answers=RoundAnswers(folder.answers_folder),
+            round_deadline=federation.round_deadline,
+            rejoin_deadline=federation.rejoin_deadline,
+        )
+        run_server(config, folder, workbench, transport, (), progress)

@@ -1,138 +1,155 @@
-"""The round loop's transport over Flower's Grid. No wait is without an end and no two messages share a record."""
+"""The round loop's transport over Flower's Grid: asks again what may be asked again, and waits for nobody in vain.
+
+Asking again is safe: a site gives the same answer to the same instruction, and spends once.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
-from flwr.serverapp import Grid
 
-from fedlora.errors import FedloraError, ProtocolError
+from fedlora.errors import ProtocolError
 from fedlora.federation import wire
-from fedlora.federation.failures import FAILURE_CODES
-from fedlora.federation.messages import ClientFailure, RoundInstruction
+from fedlora.federation.failures import TRY_AGAIN
+from fedlora.federation.messages import ClientFailure, ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
-from fedlora.provenance import code_digest
+from server.answers import RoundAnswers
+from server.post import Post, failure_in
+from server.roster import ASK_AGAIN, Roster
 
-NODES_DEADLINE = 300.0
-"""Seconds until every client of the run must have joined, the engine's own start included."""
-ROUND_TIMEOUT = 3600.0
-"""Seconds until a round goes on without those who have not answered."""
-POLL = 1.0
+ASK_SILENT_AGAIN = 60.0
+"""Seconds until a client that keeps silent is asked again, at first; then twice as many, and so on."""
+SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0
+"""Seconds between two looks for replies: often at first, since a round may be short."""
+
+log = logging.getLogger("fedlora.server")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GridTransport:
-    """Carries rounds to the enrolled nodes; whoever does not answer in time is left to the round loop as missing."""
+    """Carries rounds to the nodes of the roster; who does not answer in time is left to the round loop as missing."""
 
-    grid: Grid
-    nodes: Mapping[int, int]
-    """Node id by client index."""
-    timeout: float = ROUND_TIMEOUT
+    roster: Roster
+    answers: RoundAnswers
+    round_deadline: float
+    """Seconds for a round."""
+    rejoin_deadline: float
+    """Seconds that a round waits for a client that has gone, its node or its site's daemon."""
+    _gone_since: dict[int, float] = field(default_factory=dict)
 
     def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
-        data = wire.encode_instruction(instruction)
-        asked = {self.nodes[client]: client for client in clients}
-        messages = [
-            Message(_pack(data), node, MessageType.TRAIN, ttl=self.timeout, group_id=str(instruction.round_index))
-            for node in asked
-        ]
-        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
-        return [
-            _read(reply, asked[reply.metadata.src_node_id]) for reply in replies if reply.metadata.src_node_id in asked
-        ]
-
-
-def enrol(grid: Grid, clients: int, deadline: float = NODES_DEADLINE) -> dict[int, int]:
-    """Ask every node which client it is, until all `clients` have joined.
-
-    Returns:
-        Node id by client index.
-
-    Raises:
-        FedloraError: clients are missing at the deadline, there are too few nodes, two of them claim to be one client,
-            or one runs other code.
-    """
-    end = time.monotonic() + deadline
-    nodes: dict[int, int] = {}
-    answers: dict[int, str] = {}
-    while len(nodes) < clients and (left := end - time.monotonic()) > 0:
-        new = [node for node in grid.get_node_ids() if node not in answers]
-        asked = [Message(RecordDict(), node, MessageType.QUERY, ttl=left) for node in new]
-        for reply in grid.send_and_receive(asked, timeout=left) if asked else ():
-            answers[reply.metadata.src_node_id] = _enrol_one(reply, nodes, clients)
-        if len(nodes) < clients:
-            time.sleep(min(POLL, max(0.0, end - time.monotonic())))
-    if len(nodes) < clients:
-        missing = sorted(set(range(clients)) - nodes.keys())
-        refused = sorted(set(answers.values()) - {""})
-        raise FedloraError(
-            f"{len(nodes)} of {clients} clients joined within {deadline:g} s, missing {_listed(missing)}"
-            f"{'; nodes answered ' + ', '.join(refused) if refused else ''}. "
-            "Start as many SuperNodes as federation.clients, each with its own partition-id"
+        found = self.answers.begin(instruction)
+        replies: dict[int, Reply] = {client: update for client, update in found.items() if client in clients}
+        exchange = _Exchange(
+            instruction=instruction,
+            post=Post(grid=self.roster.grid),
+            waiting=set(clients) - replies.keys(),
+            end=time.monotonic() + self.round_deadline,
         )
-    return nodes
+        pause = SHORTEST_POLL
+        while exchange.waiting and time.monotonic() < exchange.end:
+            self.roster.look()
+            self._ask(exchange, replies)
+            for (client, node), reply in exchange.post.fetch():
+                self._take(exchange, client, node, _read(reply, client, node), replies)
+            if all(self._is_gone(exchange, client) for client in exchange.waiting):
+                break
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL)
+        return [*replies.values()]
+
+    def _ask(self, exchange: _Exchange, replies: dict[int, Reply]) -> None:
+        now = time.monotonic()
+        for client in sorted(exchange.waiting):
+            node = self.roster.online_node(client)
+            if client in self.roster.refused:
+                self._close(exchange, client, self.roster.refused[client], replies)
+            elif node is None:
+                self._gone_since.setdefault(client, now)
+            elif exchange.due.get((client, node), now) <= now:
+                exchange.ask(client, node, now)
+
+    def _take(self, exchange: _Exchange, client: int, node: int, reply: _Read, replies: dict[int, Reply]) -> None:
+        now = time.monotonic()
+        if client not in exchange.waiting:
+            return  # it was asked twice, and has answered twice
+        if isinstance(reply, str) and reply in (*TRY_AGAIN, "no_reply"):
+            exchange.due[client, node] = now + ASK_AGAIN
+            if reply != "busy":
+                self._gone_since.setdefault(client, now)
+        else:
+            self._gone_since.pop(client, None)
+            self._close(exchange, client, reply, replies)
+
+    def _close(self, exchange: _Exchange, client: int, reply: _Read, replies: dict[int, Reply]) -> None:
+        exchange.waiting.discard(client)
+        if isinstance(reply, str):
+            replies[client] = ClientFailure(client, reply)
+            log.warning("round %d: client %d failed: %s", exchange.instruction.round_index, client, reply)
+        else:
+            replies[client], data = reply
+            self.answers.keep(reply[0], data)
+
+    def _is_gone(self, exchange: _Exchange, client: int) -> bool:
+        """Whether nothing is to be expected of `client` in this round any more."""
+        since, node = self._gone_since.get(client), self.roster.online_node(client)
+        computing = node is not None and exchange.post.waits_for((client, node))
+        return since is not None and not computing and time.monotonic() - since > self.rejoin_deadline
 
 
-def _enrol_one(reply: Message, nodes: dict[int, int], clients: int) -> str:
-    """Enter the node that answered; what kept it out, or nothing."""
-    if reply.has_error():
-        return "no_reply"
-    if (code := _failure(reply)) is not None:
-        return code
-    try:
-        answer = reply.content["enrolment"]
-        client, known, digest = answer["client"], answer["nodes"], answer["code_digest"]
-    except (KeyError, TypeError):
-        return "protocol"
-    if type(client) is not int or not 0 <= client < clients or type(known) is not int:
-        return "protocol"
-    if 0 < known < clients:
-        raise FedloraError(
-            f"the federation has {known} nodes, but federation.clients = {clients}; for a simulation add "
-            f'--federation-config "num-supernodes={clients}" to flwr run, or set federation.clients'
+_Read = str | tuple[ClientUpdate, bytes]
+"""A failure code, or an update and its bytes."""
+
+
+@dataclass(kw_only=True)
+class _Exchange:
+    """One round under way."""
+
+    instruction: RoundInstruction
+    post: Post[tuple[int, int]]
+    """Its messages, by client and node."""
+    waiting: set[int]
+    """Clients that have given no final answer."""
+    end: float
+    due: dict[tuple[int, int], float] = field(default_factory=dict)
+    """When to ask a client at a node again."""
+    _patience: dict[int, float] = field(default_factory=dict)
+    _encoded: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._encoded = wire.encode_instruction(self.instruction)
+
+    def ask(self, client: int, node: int, now: float) -> None:
+        """Post the instruction. Flower may lose it with a process, unnoticed, so it is posted again after a while."""
+        patience = self._patience.get(client, ASK_SILENT_AGAIN)
+        self._patience[client], self.due[client, node] = 2 * patience, now + patience
+        self.post.send(
+            _packed(self._encoded),
+            node,
+            MessageType.TRAIN,
+            (client, node),
+            ttl=self.end - now,
+            group=str(self.instruction.round_index),
         )
-    if digest != code_digest():
-        raise FedloraError(
-            f"client {client} runs another version of fedlora than the server. A SuperLink or SuperNode prefers "
-            "packages in the folder it was started in: start it in an empty one, and install one version everywhere"
-        )
-    if nodes.setdefault(client, reply.metadata.src_node_id) != reply.metadata.src_node_id:
-        raise FedloraError(f"two nodes have partition-id {client}; give every SuperNode its own")
-    return ""
 
 
-def _read(reply: Message, client: int) -> Reply:
+def _read(reply: Message, client: int, node: int) -> _Read:
     """What the node of `client` answered. It speaks for nobody else, and an error's text is not looked at."""
-    if reply.has_error():
-        return ClientFailure(client, "no_reply")
-    if (code := _failure(reply)) is not None:
-        return ClientFailure(client, code)
-    try:
-        update = wire.decode_update(bytes(reply.content["update"]["bytes"].data))  # type: ignore[union-attr]
-    except (ProtocolError, KeyError, AttributeError, TypeError, ValueError):
-        return ClientFailure(client, "protocol")
-    return update if update.client == client else ClientFailure(client, "protocol")
-
-
-def _failure(reply: Message) -> str | None:
-    """The failure code in a reply, if it is one; a code of the client's own making counts as a breach of protocol."""
-    if "failure" not in reply.content:
-        return None
-    try:
-        code = reply.content["failure"]["code"]
-    except (KeyError, TypeError):
+    if (code := failure_in(reply)) is not None:
+        return code
+    if reply.metadata.src_node_id != node:
         return "protocol"
-    return code if isinstance(code, str) and code in FAILURE_CODES else "protocol"
+    try:
+        data = bytes(reply.content["update"]["bytes"].data)  # type: ignore[union-attr]
+        update = wire.decode_update(data)
+    except (ProtocolError, KeyError, AttributeError, TypeError, ValueError):
+        return "protocol"
+    return (update, data) if update.client == client else "protocol"
 
 
-def _pack(data: bytes) -> RecordDict:
+def _packed(data: bytes) -> RecordDict:
     """Bytes as Flower sends them in chunks, in a record of their own: Flower and its mods write into records."""
     return RecordDict({"instruction": ArrayRecord({"bytes": Array("uint8", (len(data),), "bytes", data)})})
-
-
-def _listed(clients: Iterable[int], most: int = 8) -> str:
-    shown = [str(client) for client in clients]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

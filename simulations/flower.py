@@ -27,7 +27,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.simulate import Progress, run_server
+from fedlora.experiments.simulate import Progress
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.sites import load_simulated_data, make_sites
 
@@ -78,11 +78,10 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
 
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
-        from server.app import connect
+        from server.app import prepare, serve
 
         try:
-            workbench, transport = connect(grid, config)
-            run_server(config, folder, workbench, transport, (), progress)
+            serve(grid, prepare(config), folder, progress)
         except BaseException as error:  # Flower would log it and go on to an end that looks good
             outcome.append(error)
         else:

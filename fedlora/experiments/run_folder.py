@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, RunFolderError, RunInterrupted
+from fedlora.errors import ConfigError, FedloraError, RunFolderError, RunInterrupted
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,23 @@ class RunFolder:
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise _cannot_make(folder.path, error) from error
         return folder
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The folder at `run.out` of an interrupted run with this very configuration; else a new one.
+
+        Raises:
+            RunFolderError: another run is there, one that has ended, or none can be made.
+        """
+        found = cls(Path(config.run.out))
+        if config.run.out and found.config_file.is_file():
+            if found.read_config().digest() == config.digest():
+                return cls.open(found.path)
+            raise RunFolderError(
+                f"run folder {found.path} holds a run with another configuration and is left as it is; "
+                "choose another run.out, or submit the configuration that it began with"
+            )
+        return cls.create(config)
 
     @staticmethod
     def check_free(config: RunConfig) -> None:
@@ -118,6 +135,17 @@ class RunFolder:
                 f"fedlora simulate --resume {shlex.quote(str(self.path))}{rules} goes on"
             ) from None
 
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """A run that fails in here says why in its folder, for whoever looks there; a person's interrupt is none."""
+        self.failure_file.unlink(missing_ok=True)
+        try:
+            yield
+        except Exception as error:  # of others than ours the text is not for keeping: nobody knows what it quotes
+            reason = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}; the log says where"
+            replace_file(self.failure_file, f"{' '.join(reason.split())}\n".encode())
+            raise
+
     @property
     def started(self) -> str:
         """When the folder was made, which is before anything private was touched."""
@@ -146,6 +174,16 @@ class RunFolder:
     @property
     def asked_file(self) -> Path:
         return self.path / "asked"
+
+    @property
+    def failure_file(self) -> Path:
+        """Why the run ended without a record."""
+        return self.path / "failure"
+
+    @property
+    def answers_folder(self) -> Path:
+        """What sites elsewhere have answered in the round under way."""
+        return self.path / "answers"
 
     @property
     def ledger_file(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,6 @@ from fedlora.federation.server import (
     Server,
     ServerState,
     Transport,
-    charged,
     evaluated,
     initial_state,
 )
@@ -46,7 +46,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.sites import load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import ALIGNMENT, EVALUATION, FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import EVALUATION, FINETUNE
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed
 
@@ -213,7 +213,7 @@ def run_server(
         RunInterrupted: by Ctrl-C; the folder can be resumed.
         FedloraError: the run failed.
     """
-    with folder.resumable(policy.path if policy else None), folder.claimed():
+    with folder.resumable(policy.path if policy else None), folder.claimed(), folder.failing():
         _run_rounds(config, folder, workbench, transport, sites, progress, evaluator or Evaluator(workbench), ledger)
 
 
@@ -233,8 +233,6 @@ def _run_rounds(
         _check_ledger(ledger, folder, state, workbench.schedule)
         ledger.abandon(state.run_id, from_round=state.next_round)
     earlier = sum(entry["seconds"] for entry in folder.read_rounds())
-    if not sites and config.private and not config.privacy.seeded_noise:
-        _give_up_asked_round(folder, workbench, state)
     progress.start(
         config,
         folder=folder.path,
@@ -307,28 +305,6 @@ def _check_ledger(ledger: Ledger, folder: RunFolder, state: ServerState, schedul
         )
 
 
-def _give_up_asked_round(folder: RunFolder, workbench: Workbench, state: ServerState) -> None:
-    """Charge and skip a round that sites elsewhere were asked for and whose end this side did not record.
-
-    They may have released it; asked again they would release it twice. Sites in this process died with it, and what
-    they released was seen by nobody.
-
-    Raises:
-        RunFolderError: it was the prototype release, without which there is nothing to go on with.
-    """
-    asked = folder.last_asked()
-    if asked < state.next_round:
-        return
-    entry = workbench.schedule[asked]
-    if entry.phase in (PROTOTYPE, ALIGNMENT):
-        raise RunFolderError(
-            f"cannot resume {folder.path}: it stopped while the sites released their {entry.phase} numbers, which the "
-            "rest builds on; start the run anew"
-        )
-    state.facts |= {client: charged(client, entry, workbench, state.facts.get(client)) for client in entry.clients}
-    state.next_round = asked + 1
-
-
 def _finish(
     config: RunConfig,
     folder: RunFolder,
@@ -395,6 +371,7 @@ def _finish(
     write_account(folder, record)
     for file in (folder.checkpoint_file, folder.asked_file):
         file.unlink(missing_ok=True)
+    shutil.rmtree(folder.answers_folder, ignore_errors=True)
     return record
 
 

@@ -15,17 +15,13 @@ from fedlora.engine.gates import SearchJob, alignment_sums, search
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import ProtocolError
-from fedlora.federation.messages import ClientUpdate, RoundInstruction, check_update
+from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
 from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
-
-LARGEST_VALUE = 10.0
-"""Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
-the range of trained values a hostile theta can magnify that beyond the clip norm."""
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,11 @@ from fedlora.privacy.egress import check_facts, check_vector
 
 Facts = dict[str, Any]
 
+LARGEST_VALUE = 10.0
+"""Of theta. Records of one micro-batch share padding and kernels, so rounding ties them together a little; far outside
+the range of trained values a hostile theta can magnify that beyond the clip norm. No site takes one, so no server makes
+one of what it gets."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInstruction:

@@ -16,7 +16,6 @@ from fedlora.data.glue import Records
 from fedlora.data.public_texts import public_records
 from fedlora.engine.probe import probe_scores
 from fedlora.errors import FedloraError
-from fedlora.federation.schedule import cohort_size
 from fedlora.federation.workbench import Workbench
 from fedlora.randomness import PublicSeed
 
@@ -75,7 +74,7 @@ def _gate_deviations(config: RunConfig, noise_multipliers: Sequence[float], coun
     step = config.adapter.gate_learning_rate / config.training.expected_batch_size
     variance = sum(multiplier**2 for multiplier in noise_multipliers) / len(noise_multipliers)
     steps = config.search_rounds * config.federation.local_steps
-    return [step * math.sqrt(variance * steps / cohort_size(config))] * count
+    return [step * math.sqrt(variance * steps / config.federation.cohort_size)] * count
 
 
 def _probe(workbench: Workbench) -> ModuleScores:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedlora.config import RunConfig
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
 
 
@@ -47,11 +47,6 @@ def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
     return tuple(rounds)
 
 
-def cohort_size(config: RunConfig) -> int:
-    """How many clients are asked in a round of training."""
-    return max(1, round(config.federation.participation * config.federation.clients))
-
-
 def planned_steps(schedule: Iterable[ScheduledRound], client: int) -> dict[str, int]:
     """Private steps of `client` by phase."""
     steps: Counter[str] = Counter()
@@ -68,7 +63,7 @@ def _learning_rate(config: RunConfig, number: int) -> float:
 
 
 def _cohort(config: RunConfig, everyone: tuple[int, ...], number: int) -> tuple[int, ...]:
-    size = cohort_size(config)
+    size = config.federation.cohort_size
     if size == len(everyone):
         return everyone
     generator = PublicSeed.from_int(config.run.seed).numpy("cohort", number)

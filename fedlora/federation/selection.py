@@ -23,7 +23,6 @@ from fedlora.federation.module_scores import (
     public_texts,
     released,
 )
-from fedlora.federation.schedule import cohort_size
 from fedlora.federation.workbench import Workbench
 from fedlora.randomness import PublicSeed
 
@@ -66,7 +65,7 @@ def choose_modules(workbench: Workbench, search: SearchState, noise_multipliers:
     scores = module_scores(workbench, search, noise_multipliers)
     if adapter.discretise != "cost_aware":
         return _selection(workbench, _top(workbench, scores.values), adapter.discretise, scores)
-    ratio = released(search.products, "warm-up").noise_to_signal(cohort_size(workbench.config))
+    ratio = released(search.products, "warm-up").noise_to_signal(workbench.config.federation.cohort_size)
     mask = _cost_aware(workbench, scores, ratio)
     if mask is not None:
         return _selection(workbench, mask, "cost_aware", scores, noise_to_signal=ratio)

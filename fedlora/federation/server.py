@@ -17,7 +17,7 @@ from fedlora.engine.confusion import PrivateEvaluation, estimate_accuracy
 from fedlora.engine.gates import LARGEST_GATE_LOGIT
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
-from fedlora.federation.aggregation import exact_sum, uniform_mean
+from fedlora.federation.aggregation import exact_sum, outlying, uniform_mean
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
 from fedlora.federation.module_scores import SearchState
 from fedlora.federation.schedule import ScheduledRound
@@ -25,7 +25,16 @@ from fedlora.federation.selection import choose_modules, chosen_theta
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.mechanisms.granular import released_std
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP, evaluation_phases
+from fedlora.privacy.plan import (
+    ALIGNMENT,
+    BILEVEL,
+    EVALUATION,
+    FINETUNE,
+    PROTOTYPE,
+    TRAINING,
+    WARMUP,
+    evaluation_phases,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +115,8 @@ class Server:
         """All rounds from `state.next_round` on.
 
         Raises:
-            FedloraError: no client answered a round, so the run cannot go on. Not so for an evaluation: what was
-                trained before it stays good.
+            FedloraError: fewer than federation.minimum_clients answered a round, so the run cannot go on. Not so for an
+                evaluation: what was trained before it stays good.
         """
         if state.head is not None:
             self.workbench.classifier.set_head(*state.head)
@@ -132,11 +141,8 @@ class Server:
             mask=state.chosen,
         )
         updates, failures = self._sort(self._exchange(instruction, entry), instruction, entry)
-        if not updates and entry.phase != EVALUATION:
-            raise FedloraError(
-                f"round {entry.index} ({entry.phase}): none of {len(entry.clients)} clients answered usably "
-                f"({', '.join(sorted(set(failures.values())))}); the clients' own logs say why"
-            )
+        if entry.phase != EVALUATION:
+            self._require_enough(entry, len(updates), failures)
         evaluation = self._apply(entry, state, updates)
         state.facts |= self._facts(entry, state, {update.client: update.facts for update in updates})
         up = sum(update.vector.nbytes for update in updates)
@@ -163,6 +169,15 @@ class Server:
             private_evaluation=evaluation,
             choice=self._choice(entry, state),
         )
+
+    def _require_enough(self, entry: ScheduledRound, usable: int, failures: Mapping[int, str]) -> None:
+        wanted = self.workbench.config.federation.minimum_clients
+        if usable < wanted:
+            raise FedloraError(
+                f"round {entry.index} ({entry.phase}): {usable or 'none'} of {len(entry.clients)} clients answered "
+                f"usably ({', '.join(sorted(set(failures.values())))}), wanted at least {wanted}; the clients' own "
+                "logs say why"
+            )
 
     def _theta(self, entry: ScheduledRound, state: ServerState) -> Tensor:
         """What the round starts from; a bilevel search has its gates' logits behind it, 0 at first."""
@@ -222,6 +237,10 @@ class Server:
                 failures[reply.client] = "protocol"
             else:
                 updates[reply.client] = reply
+        if entry.phase in TRAINING:
+            for client in outlying(list(updates.values()), instruction.theta, self.workbench.layout.size):
+                del updates[client]
+                failures[client] = "outlier"
         return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
 
     def _apply(

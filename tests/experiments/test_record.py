@@ -134,10 +134,11 @@ def test_both_splits_of_mnli_are_reported(make_record: MakeRecord) -> None:
 
 
 def test_the_code_digest_follows_the_code(tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text("a = 1\n")
-    before = code_digest(tmp_path)
-    (tmp_path / "one.py").write_text("a = 2\n")
-    assert code_digest(tmp_path) != before
+    for name, text in (("here", "a = 1\n"), ("there", "a = 1\n"), ("changed", "a = 2\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.py").write_text(text)
+    assert code_digest(tmp_path / "here") == code_digest(tmp_path / "there")
+    assert code_digest(tmp_path / "here") != code_digest(tmp_path / "changed")
 
 
 def test_the_adapter_is_never_without_its_guarantee(make_record: MakeRecord, tmp_path: Path) -> None:

@@ -6,98 +6,30 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("flwr")
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 import clients.app
+import clients.simulated
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, RunFolderError
-from fedlora.experiments.run_folder import RunFolder
-from fedlora.experiments.simulate import run_server, simulate
+from fedlora.experiments.simulate import simulate
 from fedlora.federation import cohort, wire
-from fedlora.models import locate_model
-from fedlora.privacy.ledger import Ledger
 from server.app import app as server_app
-from server.app import connect
-from server.transport import enrol
+from tests.flower.local_grid import LocalGrid, Silent, context_of, forget, rounds, run, trained
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 
-RUN_ID = 7
 SECRET = "the patient's name is in this sentence"
-
-
-class LocalGrid(Grid):
-    """Copies what Ray copies. Node ids are not in the order of clients; each node has its own context."""
-
-    def __init__(self, config: RunConfig) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-        self.contexts = {1000 - client: _context(client, config) for client in range(config.federation.clients)}
-        self.forgetful = False
-        """Whether every message meets a new process, which knows only what is in the context."""
-        self.silent: set[int] = set()
-        self.tamper: Callable[[int, Message], Message] = lambda client, answer: answer
-        """What the node of a client makes of its answer."""
-        self.sent: list[Message] = []
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        assert timeout is not None, "nothing may wait for ever"
-        pushed = list(messages)
-        assert len({id(message.content) for message in pushed}) == len(pushed), "every message needs its own record"
-        self.sent += pushed
-        return [self.deliver(message) for message in pushed if 1000 - message.metadata.dst_node_id not in self.silent]
-
-    def deliver(self, message: Message) -> Message:
-        if self.forgetful:
-            forget()
-        node = message.metadata.dst_node_id
-        context = pickle.loads(pickle.dumps(self.contexts[node]))
-        answer = clients.app.app(pickle.loads(pickle.dumps(message)), context)
-        self.contexts[node] = context
-        return self.tamper(1000 - node, answer)
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        raise NotImplementedError
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
-
-def _context(client: int, config: RunConfig) -> Context:
-    return Context(
-        run_id=RUN_ID,
-        node_id=1000 - client,
-        node_config={"partition-id": client, "num-partitions": config.federation.clients},
-        state=RecordDict(),
-        run_config=dict(config.to_flower()),
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -106,51 +38,10 @@ def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients.app, "_in_simulation_engine", lambda: True)
 
 
-class Silent:
-    def start(self, config: RunConfig, *, folder: Path, metric: str, num_rounds: int, done: int) -> None: ...
-
-    def round(self, report: Any) -> None: ...
-
-    def finish(self, record: Any) -> None: ...
-
-
-@pytest.fixture
-def config(tiny_model: Callable[..., Path], tmp_path: Path) -> RunConfig:
-    """Three clients, a prototype round and two rounds of fine-tuning."""
-    return RunConfig.from_mapping(
-        {
-            "model": {"name": str(tiny_model("bert")), "dtype": "float32", "attention": "eager"},
-            "data": {"generated_records": 240, "max_length": 16},
-            "federation": {"rounds": 2, "local_steps": 2},
-            "training": {"expected_batch_size": 8},
-            "privacy": {"seeded_noise": True, "accountant": "rdp", "delta": 1e-3},
-            "engine": {"token_budget": 4096},
-            "run": {"device": "cpu", "out": str(tmp_path / "flower")},
-        }
-    )
-
-
 @pytest.fixture(autouse=True)
 def fresh_process() -> None:
     forget()
-    clients.app._simulated.cache_clear()
-
-
-def forget() -> None:
-    """What a new process has not."""
-    clients.app._simulated_cohort.cache_clear()
-    clients.app._own_cohort.cache_clear()
-
-
-def run(config: RunConfig, grid: LocalGrid) -> Path:
-    workbench, transport = connect(grid, config, nodes_deadline=0.2)
-    folder = RunFolder.create(config)
-    run_server(config, folder, workbench, transport, (), Silent())
-    return folder.path
-
-
-def rounds(folder: Path) -> list[dict[str, Any]]:
-    return RunFolder(folder).read_rounds()
+    clients.simulated._common.cache_clear()
 
 
 def assert_same_adapter(ours: Path, theirs: Path) -> None:
@@ -213,7 +104,7 @@ def test_both_transports_choose_the_same_modules_and_end_with_the_same_adapter(
     ours, theirs = (json.loads((folder / "record.json").read_text()) for folder in (flower, fused))
     assert choice(ours) == choice(theirs)
     assert 0 < sum(choice(ours).values()) < 12
-    sent = [wire.decode_instruction(clients.app._unpack(message)) for message in trained(grid)]
+    sent = [wire.decode_instruction(clients.app._instruction(message)) for message in trained(grid)]
     masks = {one.mask for one in sent if one.phase in ("finetune", "evaluation")}
     assert masks == {tuple(choice(ours).values())}, "one choice for the whole run and every node"
     assert {one.mask for one in sent if one.phase not in ("finetune", "evaluation")} == {None}
@@ -297,7 +188,7 @@ def test_a_round_is_done_once_whichever_process_is_asked_again(config: RunConfig
     run(config, grid)
     grid.forgetful = forgetful
     for message in [message for message in grid.sent if message.metadata.message_type == "train"]:
-        assert dict(grid.deliver(message).content["failure"]) == {"code": "protocol"}
+        assert dict(grid.deliver(message).content["failure"]) == {"code": "over"}
 
 
 def test_a_round_that_failed_half_way_is_spent(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +202,7 @@ def test_a_round_that_failed_half_way_is_spent(config: RunConfig, monkeypatch: p
         with pytest.raises(FedloraError):
             run(config, grid)
     message = next(message for message in grid.sent if message.metadata.message_type == "train")
-    assert dict(grid.deliver(message).content["failure"]) == {"code": "protocol"}
+    assert dict(grid.deliver(message).content["failure"]) == {"code": "over"}
 
 
 def _failing(code: object) -> Callable[[Message], RecordDict]:
@@ -379,7 +270,7 @@ def test_the_wait_for_nodes_ends(config: RunConfig) -> None:
     grid.silent = {1}
     start = time.monotonic()
     with pytest.raises(FedloraError, match=r"2 of 3 clients joined within 0\.2 s, missing 1"):
-        run(config, grid)
+        run(config.with_overrides("federation.minimum_clients=3"), grid)
     assert time.monotonic() - start < 30
 
 
@@ -387,166 +278,34 @@ def test_a_node_without_a_partition_id_does_not_join(config: RunConfig, caplog: 
     grid = LocalGrid(config)
     grid.contexts[1000].node_config.clear()
     with pytest.raises(FedloraError, match="missing 0; nodes answered bad_input"):
-        enrol(grid, 3, deadline=0.1)
-    assert "partition-id is None, wanted 0 to 2" in caplog.text
+        run(config.with_overrides("federation.minimum_clients=3"), grid)
+    assert "partition-id is None, wanted a number below federation.clients = 3" in caplog.text
 
 
 def test_a_federation_with_too_few_nodes_is_not_waited_for(config: RunConfig) -> None:
     grid = LocalGrid(config)
     grid.contexts[1000].node_config["num-partitions"] = 2
     with pytest.raises(FedloraError, match=r"has 2 nodes, but federation\.clients = 3"):
-        enrol(grid, 3, deadline=60.0)
+        run(config.with_overrides("federation.join_deadline=60"), grid)
 
 
 def test_two_nodes_cannot_be_one_client(config: RunConfig) -> None:
     grid = LocalGrid(config)
     grid.contexts[1000].node_config["partition-id"] = 1
     with pytest.raises(FedloraError, match="two nodes have partition-id 1"):
-        enrol(grid, 3, deadline=0.1)
+        run(config, grid)
 
 
 def test_a_node_that_runs_other_code_ends_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients.app, "code_digest", lambda: "other")
+    monkeypatch.setattr(clients.simulated, "code_digest", lambda: "other")
     with pytest.raises(FedloraError, match="another version of fedlora"):
-        enrol(LocalGrid(config), 3, deadline=0.1)
+        run(config, LocalGrid(config))
 
 
 def test_flower_runs_the_server_app_with_its_own_folder(config: RunConfig) -> None:
-    context = _context(0, config)
+    context = context_of(0, config)
     server_app(LocalGrid(config), context)
     record = json.loads((Path(config.run.out) / "record.json").read_text())
     assert record["config"]["run"]["transport"] == "flower"
-    with pytest.raises(RunFolderError, match="not empty"):
+    with pytest.raises(RunFolderError, match="has ended"):
         server_app(LocalGrid(config), context)
-
-
-# --- sites with a policy ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def guarded(config: RunConfig, tmp_path: Path) -> tuple[RunConfig, LocalGrid, list[Path]]:
-    """Three nodes, each with its own records, policy and ledger; the run would have them look elsewhere."""
-    config = config.with_overrides("privacy.seeded_noise=false", "privacy.accountant=pld")
-    grid, folders = LocalGrid(config), [tmp_path / f"site{client}" for client in range(3)]
-    model = config.model.name
-    for client, folder in enumerate(folders):
-        folder.mkdir()
-        rows = {"sentence": [f"the plot was {'very ' * (n % 5)}good" for n in range(190 + client)]}
-        rows["label"] = [n % 2 for n in range(190 + client)]
-        pyarrow.parquet.write_table(pyarrow.table(rows), folder / "train.parquet")
-        policy = f'[site]\ndevice = "cpu"\n[models]\n"{model}" = "{locate_model(model).digest}"\n'
-        policy += "[limits]\nsmallest_noise_multiplier = 0.2\n"
-        policy += '[data.ward]\ntask = "sst2"\nsource = "."\nmax_epsilon = 6.5\nmax_delta = 1e-3\n'
-        (folder / "site.toml").write_text(policy)
-        grid.contexts[1000 - client].node_config = {"partition-id": client, "policy": str(folder / "site.toml")}
-        grid.contexts[1000 - client].run_config |= {"data.source": "/nowhere/at/all", "run.device": "cuda:99"}
-    return config, grid, folders
-
-
-def charges(folder: Path) -> list[tuple[int | None, str]]:
-    return [(row.round, row.kind) for row in Ledger.open(folder / "ledger.sqlite").entries()]
-
-
-def trained(grid: LocalGrid) -> list[Message]:
-    return [message for message in grid.sent if message.metadata.message_type == "train"]
-
-
-@pytest.mark.parametrize("forgetful", [False, True], ids=["one process", "a process per message"])
-def test_a_site_charges_its_own_ledger_and_trains_on_its_own_records(guarded: Any, forgetful: bool) -> None:
-    config, grid, folders = guarded
-    grid.forgetful = forgetful
-    record = json.loads((run(config, grid) / "record.json").read_text())
-    assert [facts["num_examples"] for facts in record["clients"]] == [190, 191, 192]
-    for folder in folders:
-        assert charges(folder) == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
-
-
-@pytest.mark.parametrize("select", ["alignment", "bilevel"])
-def test_sites_charge_every_round_of_a_search_that_their_policies_allow(guarded: Any, select: str) -> None:
-    config, grid, folders = guarded
-    settings = {"adapter.select": select, "adapter.search_rounds": 1, "federation.rounds": 4}
-    for number, folder in enumerate(folders):
-        phases = ["prototype", "warmup", "alignment", "bilevel", "finetune"]
-        allowed = phases if number < 2 else [phase for phase in phases if phase != select]
-        policy = folder / "site.toml"
-        policy.write_text(policy.read_text() + f"[allow]\nphases = {allowed}\n")
-        grid.contexts[1000 - number].run_config |= settings
-    grid.forgetful = True
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    done = rounds(run(config.with_overrides(*overrides, "privacy.accountant=pld"), grid))
-    assert [line["phase"] for line in done].count(select) == 1
-    assert [line["failures"] for line in done] == [{"2": "refused"}] * len(done), "it refuses the run, not a phase"
-    for folder in folders[:2]:
-        wanted = [row for index in range(len(done)) for row in ((index, "reserved"), (None, "spent"))]
-        assert charges(folder) == wanted
-    assert not (folders[2] / "ledger.sqlite").exists()
-
-
-def test_a_node_that_names_no_policy_takes_part_in_nothing(
-    guarded: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, grid, folders = guarded
-    monkeypatch.setattr(clients.app, "_in_simulation_engine", lambda: False)
-    del grid.contexts[1000].node_config["policy"]
-    grid.contexts[1000].node_config["num-partitions"] = 3  # as Flower's examples start real nodes
-    replies: list[RecordDict] = []
-
-    def record(client: int, answer: Message) -> Message:
-        replies.extend([answer.content] * (client == 0))
-        return answer
-
-    grid.tamper = record
-    assert rounds(run(config, grid))[0]["failures"] == {"0": "refused"}
-    assert [dict(reply["failure"]) for reply in replies if "failure" in reply] == [{"code": "refused"}] * 3  # type: ignore[arg-type]
-    assert b"policy" not in pickle.dumps(replies), "why is nobody else's business"
-    assert "this node names no policy" in caplog.text
-    assert not (folders[0] / "ledger.sqlite").exists()
-
-
-@pytest.mark.parametrize("damage", ["missing", "broken", "stricter"])
-def test_a_policy_that_cannot_be_used_or_does_not_allow_the_run_refuses_it(guarded: Any, damage: str) -> None:
-    config, grid, folders = guarded
-    policy = folders[1] / "site.toml"
-    text = policy.read_text()
-    policy.write_text("[site" if damage == "broken" else text.replace("max_epsilon = 6.5", "max_epsilon = 5.9"))
-    if damage == "missing":
-        policy.unlink()
-    assert rounds(run(config, grid))[0]["failures"] == {"1": "refused"}
-    assert not (folders[1] / "ledger.sqlite").exists()
-
-
-def test_an_edited_policy_counts_from_the_next_message_on(guarded: Any) -> None:
-    config, grid, folders = guarded
-
-    def edit(client: int, answer: Message) -> Message:
-        if len(trained(grid)) == 3 and client == 2:
-            policy = folders[2] / "site.toml"
-            policy.write_text(policy.read_text().replace("max_epsilon = 6.5", "max_epsilon = 5.9"))
-        return answer
-
-    grid.tamper = edit
-    assert [entry["failures"] for entry in rounds(run(config, grid))] == [{}, {"2": "refused"}, {"2": "refused"}]
-    assert charges(folders[2]) == [(0, "reserved"), (None, "spent")]
-
-
-def test_a_restarted_node_that_lost_its_memory_does_no_round_again(guarded: Any) -> None:
-    config, grid, folders = guarded
-    run(config, grid)
-    before = [charges(folder) for folder in folders]
-    for context in grid.contexts.values():
-        context.state = RecordDict()
-    grid.forgetful = True
-    for message in trained(grid):
-        assert dict(grid.deliver(message).content["failure"]) == {"code": "protocol"}  # type: ignore[arg-type]
-    assert [charges(folder) for folder in folders] == before
-
-
-def test_a_second_run_that_the_budget_does_not_allow_is_refused(guarded: Any, tmp_path: Path) -> None:
-    config, grid, folders = guarded
-    run(config, grid)
-    before = [charges(folder) for folder in folders]
-    for context in grid.contexts.values():
-        context.state, context.run_id = RecordDict(), RUN_ID + 1
-    with pytest.raises(FedloraError, match=r"\(refused\)"):
-        run(config.with_overrides(f"run.out='{tmp_path / 'second'}'"), grid)
-    assert [charges(folder) for folder in folders] == before

@@ -21,7 +21,6 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.sums import clipped_sums
-from fedlora.federation.schedule import cohort_size
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
@@ -83,7 +82,7 @@ def _question(config: RunConfig, execution: Execution) -> dict[str, Any]:
         "model": [config.model.name, config.model.head, config.model.pooling],
         "adapter": [config.adapter.method, config.adapter.rank, list(config.adapter.targets)],
         "labels": TASKS[config.data.task].num_labels,
-        "clients": min(cohort_size(config), 2),  # one client's adapters are not copied for each record
+        "clients": min(config.federation.cohort_size, 2),  # one client's adapters are not copied for each record
         "engine": [config.engine.backend, config.engine.noise],
         "projected": config.privacy.low_pass < 1,
     }
@@ -106,7 +105,7 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
     _give_head(workbench)
     mechanism = GaussianMechanism(1.0)
     budget, device = workbench.execution.token_budget, workbench.execution.device
-    clients = min(cohort_size(workbench.config), 2) if workbench.backend.fuses_clients else 1
+    clients = min(workbench.config.federation.cohort_size, 2) if workbench.backend.fuses_clients else 1
     theta = workbench.initial_theta.repeat(clients, 1)
     noise = make_noise_source(workbench.config.engine.noise, SecretRoot.from_os().numpy("speed"), device)
     widths = _NARROW, min(_WIDE, workbench.classifier.tokenizer.model_max_length)
