@@ -101,8 +101,8 @@ def _read_policy(path: Path | None) -> SitePolicy | None:
 def _refuse_policy_under_flower(policy: Path | None) -> None:
     if policy is not None:
         raise ConfigError(
-            "--policy is for the cohort transport; under Flower every node names its own: "
-            """--node-config 'policy="/path/to/site.toml"'"""
+            "--policy is for the cohort transport; under Flower every site's daemon has its own "
+            "(fedlora site serve), and a simulation has none"
         )
 
 
