@@ -7,6 +7,7 @@ once more with the same `run.out`, an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import os
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -15,8 +16,11 @@ from fedlora.config import RunConfig
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import Progress, run_server
+from fedlora.experiments.trackers.prometheus import trackers_from
+from fedlora.experiments.trackers.tracker import Tracked
 from fedlora.federation.selection import check_selection
 from fedlora.federation.workbench import Workbench, build_workbench
+from fedlora.monitoring.logs import configure_logging_from
 from server.answers import RoundAnswers
 from server.roster import Roster
 from server.transport import GridTransport
@@ -27,12 +31,17 @@ log = logging.getLogger("fedlora.server")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """`flwr run`: the run of `run.out`, which should be absolute, since Flower's server has a folder of its own."""
+    """`flwr run`: the run of `run.out`, which should be absolute, since Flower's server has a folder of its own.
+
+    FEDLORA_LOG and FEDLORA_METRICS in its environment say how it is watched (docs/watching.md).
+    """
+    configure_logging_from(os.environ)
+    trackers = trackers_from(os.environ)
     workbench = prepare(RunConfig.from_flower(context.run_config).with_overrides("run.transport=flower"))
     folder = RunFolder.of(workbench.config)
     log.warning("run folder: %s", folder.path.absolute())
-    with TerminalProgress() as progress:
-        serve(grid, workbench, folder, progress)
+    with TerminalProgress() as progress, Tracked(progress, trackers, log.warning) as tracked:
+        serve(grid, workbench, folder, tracked)
 
 
 def prepare(config: RunConfig) -> Workbench:

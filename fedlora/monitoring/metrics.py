@@ -46,7 +46,7 @@ class Endpoint:
         Raises:
             ConfigError: it is no loopback address, or cannot be listened on.
         """
-        host, port = _loopback(address, key)
+        host, port = loopback_address(address, key)
         try:
             self._server = _Server(host, port, registry, health)
         except OSError as error:
@@ -124,7 +124,12 @@ class _Server(ThreadingMixIn, TCPServer):
         log.warning("a look at health or metrics was not answered")
 
 
-def _loopback(address: str, key: str) -> tuple[str, int]:
+def loopback_address(address: str, key: str) -> tuple[str, int]:
+    """Host and port in `address`, which the setting `key` gives.
+
+    Raises:
+        ConfigError: it is no loopback address with a port.
+    """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import inspect
 import json
 import math
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedlora.cli import main
@@ -22,6 +26,7 @@ from fedlora.engine.confusion import PrivateEvaluation
 from fedlora.errors import ConfigError
 from fedlora.experiments.simulate import resume, simulate
 from fedlora.experiments.trackers import TRACKERS, open_trackers
+from fedlora.experiments.trackers.prometheus import Prometheus, trackers_from
 from fedlora.experiments.trackers.tracker import Tracked, earlier_run, numbers_of, remember_run
 from fedlora.federation.server import RoundReport
 
@@ -219,6 +224,71 @@ def test_tensorboard_has_every_round_of_a_resumed_run(tmp_path: Path, tiny_confi
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert texts["guarantee/text_summary"].startswith("ε = ")
     assert "| federation.rounds | 3 |" in texts["settings/text_summary"]
+
+
+def scraped(port: int) -> dict[str, float]:
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    line.request("GET", "/metrics")
+    families = text_string_to_metric_families(line.getresponse().read().decode())
+    line.close()
+    samples = [sample for family in families for sample in family.samples]
+    return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
+
+
+def test_prometheus_is_asked_for_by_the_environment() -> None:
+    assert trackers_from({}) == []
+    (tracker,) = trackers_from({"FEDLORA_METRICS": "127.0.0.1:9465"})
+    assert tracker.name == "prometheus"
+    with pytest.raises(ConfigError, match=r"FEDLORA_METRICS = 0\.0\.0\.0:9465, wanted a loopback address"):
+        trackers_from({"FEDLORA_METRICS": "0.0.0.0:9465"})
+
+
+def test_prometheus_tells_the_run_as_it_stands(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    tracker = Prometheus(f"127.0.0.1:{port}")
+    tracker.start(RunConfig(), tmp_path / "run", first_round=3)
+    before = scraped(port)
+    tracker.round(report(3, failures={1: "no_reply"}, clients_ok=2, clients_failed=1))
+    tracker.round(
+        report(4, failures={1: "no_reply"}, metrics={}, metric=None, epsilon_max=math.inf, phase="evaluation")
+    )
+    after = scraped(port)
+    tracker.finish({})
+    done = scraped(port)
+    tracker.close(whole=True)
+    assert (before["fedlora_run_rounds_done"], before["fedlora_run_rounds_planned"]) == (3, 11)
+    assert before["fedlora_run_state running"] == 1
+    assert before["fedlora_run_epsilon_asked"] == 6
+    apart = re.compile("fedlora_run_(info|state)|.*_created ")  # the last is when a counter began
+    assert {name: value for name, value in after.items() if not apart.match(name)} == {
+        "fedlora_run_rounds_planned": 11,
+        "fedlora_run_rounds_done": 5,
+        "fedlora_run_phase evaluation": 1,
+        "fedlora_run_metric accuracy": 0.5,
+        "fedlora_run_metric f1": 0.25,
+        "fedlora_run_epsilon_asked": 6,
+        "fedlora_run_epsilon_max": math.inf,
+        "fedlora_run_clients ok": 3,
+        "fedlora_run_clients failed": 0,
+        "fedlora_run_failures_total no_reply": 2,
+        "fedlora_run_bytes_total up": 20,
+        "fedlora_run_bytes_total down": 40,
+        "fedlora_run_round_seconds": 1.25,
+    }
+    assert done["fedlora_run_state done"] == 1
+    with pytest.raises(ConnectionRefusedError):
+        scraped(port)
+
+
+def test_an_address_that_another_run_has_stops_no_run() -> None:
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        tracker, sound = Prometheus(f"127.0.0.1:{taken.getsockname()[1]}"), Watcher()
+        watch(Tracked(Watcher(), [tracker, sound], said.append))
+    assert sound.told == WHOLE
+    assert len(said) == 1
+    assert "cannot be listened on" in said[0]
 
 
 @dataclass
