@@ -171,6 +171,12 @@ class Ledger:
         with self._file.transaction():
             return {index for (index,) in self._file.query("SELECT DISTINCT round FROM entry WHERE run = ?", (run,))}
 
+    def charges_of_run(self, run: str) -> dict[int, Charge]:
+        """What each round of `run` was charged, the last time where it was charged more than once."""
+        rows = "SELECT round, sampling_probability, noise_multiplier, num_steps FROM entry WHERE run = ? ORDER BY id"
+        with self._file.transaction():
+            return {index: Charge(q, sigma, steps) for index, q, sigma, steps in self._file.query(rows, (run,))}
+
     def charges(self, data_set: DataSet) -> list[Charge]:
         """Everything ever charged to the data set, in equal blocks."""
         with self._file.transaction():

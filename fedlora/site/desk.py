@@ -10,6 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
 from fedlora.federation.sites import load_own_data, localised, make_site
 from fedlora.federation.workbench import build_workbench
-from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.ledger import DataSet, Ledger
 from fedlora.privacy.policy import SitePolicy
 from fedlora.provenance import code_digest, versions
@@ -71,7 +72,7 @@ class Desk:
         self.policy = SitePolicy.from_toml(settings)
         self._ledger = Ledger.open(self.policy.ledger)
         self._answers = Answers.open(self.policy.beside(self.policy.site.answers))
-        self._shelf = Shelf()
+        self._shelf, self._shelf_policy = Shelf(), self.policy
         self._seat: _Seat | None = None
         self._turn = threading.Lock()
         self._line = threading.BoundedSemaphore(LONGEST_LINE + 1)
@@ -201,8 +202,13 @@ class Desk:
         if seat.site.run_id is None:
             if kept is not None:
                 memory.recall(seat.site, kept.memory)
-            charged = self._ledger.rounds(instruction.run_id)
+            charged = self._ledger.charges_of_run(instruction.run_id)
             seat.site.next_round = max(seat.site.next_round, max(charged, default=-1) + 1)
+            try:
+                _check_plan(seat.site, charged)
+            except PolicyRefused:
+                self._clear()  # or the next question would find it at hand
+                raise
         return seat
 
     def _seat_for(self, config: RunConfig, request: Request, policy: SitePolicy) -> _Seat:
@@ -211,8 +217,8 @@ class Desk:
         if seat is not None and (seat.asker, seat.policy) == (asker, policy):
             return seat
         self._clear()
-        if seat is not None and seat.policy != policy:
-            self._shelf = Shelf()  # what lies there was looked at under another policy
+        if self._shelf_policy != policy:  # what lies there was looked at under another
+            self._shelf, self._shelf_policy = Shelf(), policy
         config = localised(config, policy)
         data = load_own_data(config, request.client, self._shelf)
         site = make_site(config, data, make_schedule(config), request.client, policy)
@@ -235,6 +241,22 @@ class Desk:
             self._answers.keep(data_set, instruction.run_id, kept)
         except LedgerUnavailable as error:
             log_failure(log, error)
+
+
+def _check_plan(site: Site, charged: Mapping[int, Charge]) -> None:
+    """One plan for a whole run: the ε that is told for it is that of the plan at hand.
+
+    Raises:
+        PolicyRefused: a round of it was charged otherwise than it would be today.
+    """
+    planned = dict(zip((entry.index for entry in site.schedule), site.planned_charges(), strict=True))
+    for index, charge in charged.items():
+        if planned.get(index) != charge:
+            raise PolicyRefused(
+                f"round {index} of this run was charged under another plan: the number of records, public_size or the "
+                "node's partition-id has changed since. Put it back as it was, or let a new run begin",
+                rule="plan",
+            )
 
 
 def _check_run(config: RunConfig, instruction: RoundInstruction) -> None:

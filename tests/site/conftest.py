@@ -69,11 +69,11 @@ max_delta = 1e-3
             text = text.replace(old, new)
         self.settings.write_text(text)
 
-    def write_records(self, seed: int = 0) -> None:
+    def write_records(self, seed: int = 0, count: int = RECORDS) -> None:
         (self.path / "records").mkdir(exist_ok=True)
         for split in ("train", "validation"):
             drawn = PublicSeed.from_int(seed)
-            records = load_records("sst2", "generated", split, generated_records=RECORDS, seed=drawn)
+            records = load_records("sst2", "generated", split, generated_records=count, seed=drawn)
             table = pyarrow.table({"sentence": records.texts[0], "label": records.labels})
             pyarrow.parquet.write_table(table, self.path / "records" / f"{split}.parquet")
 

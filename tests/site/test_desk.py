@@ -20,7 +20,7 @@ from fedlora.provenance import code_digest
 from fedlora.site.answers import Answers
 from fedlora.site.desk import LONGEST_LINE, Desk
 from fedlora.site.protocol import Request
-from tests.site.conftest import Asking, SiteFolder, update_in
+from tests.site.conftest import RECORDS, Asking, SiteFolder, update_in
 
 SECRET = "the patient's name is in this sentence"
 
@@ -294,3 +294,25 @@ def test_status_tells_what_is_spent(desk: Desk, asking: Asking) -> None:
     (ward,) = told["data_sets"]
     assert ward["name"] == "ward"
     assert 0 < ward["epsilon_counted"] < 6
+
+
+@pytest.mark.parametrize("change", ["public_size", "records"])
+def test_a_run_is_one_plan(asking: Asking, site_folder: SiteFolder, change: str) -> None:
+    """Else the ε that the server is told, that of the plan at hand, would be of rounds that were never done."""
+    desk = Desk(site_folder.settings)
+    update_in(desk.answer(asking.round(0)))
+    update_in(desk.answer(asking.round(1)))
+    if change == "public_size":
+        site_folder.write_policy(("max_delta = 1e-3", "max_delta = 1e-3\npublic_size = 600"))
+    else:
+        desk.close()
+        site_folder.write_records(count=RECORDS + 30)
+        desk = Desk(site_folder.settings)
+    rows = charged(site_folder)
+    assert desk.answer(asking.round(2)).code == "refused"
+    assert desk.answer(asking.round(2)).code == "refused", "nor when asked twice"
+    assert charged(site_folder) == rows
+    if change == "public_size":
+        site_folder.write_policy()
+        update_in(desk.answer(asking.round(2)))
+    desk.close()
