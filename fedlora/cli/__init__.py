@@ -15,6 +15,7 @@ import typer
 from fedlora.cli.adapters import evaluate, predict
 from fedlora.cli.audit import audit
 from fedlora.cli.budget import budget
+from fedlora.cli.bundle import bundle
 from fedlora.cli.calibrate import calibrate
 from fedlora.cli.report import report
 from fedlora.cli.runs import runs
@@ -30,7 +31,7 @@ app = typer.Typer(
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
-for command in (simulate, sweep, report, calibrate, budget, audit, evaluate, predict):
+for command in (simulate, sweep, report, calibrate, budget, audit, evaluate, predict, bundle):
     app.command()(command)
 app.add_typer(runs)
 app.add_typer(site)

@@ -80,6 +80,21 @@ class ModelSource:
             return next(iter(digests.values()))
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """What a classifier needs of the folder, as paths inside it: configuration, tokenizer, pooling, weights.
+
+        Raises:
+            ModelError: the folder holds no weights.
+        """
+        weights = _weight_files(self.folder)
+        if not weights:
+            raise ModelError(f"model folder {self.folder} holds no weights; wanted model.safetensors")
+        beside = [path for pattern in _HUB_FILES[:-1] for path in self.folder.glob(pattern) if path.is_file()]
+        # The one file of sentence-transformers that is read lies in a folder of its own.
+        poolings = [path for path in self.folder.glob("*_Pooling/config.json") if self.pooling is not None]
+        return tuple(sorted(path.relative_to(self.folder) for path in {*beside, *poolings, *weights}))
+
 
 def locate_model(name: str) -> ModelSource:
     """Find a model by folder, installed weights package or hub id, in that order.

@@ -64,7 +64,7 @@ def check_device(policy: SitePolicy) -> Finding:
 
 
 class Rehearsal:
-    """Loads each model, passes public texts through it and takes one step; remembers how large an adapter was at most."""
+    """Passes public texts through each model and takes one step; remembers how large an adapter was at most."""
 
     def __init__(self, policy: SitePolicy) -> None:
         self._policy = policy
