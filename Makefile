@@ -1,5 +1,6 @@
 # From a clean checkout with Python >= 3.11 and nothing else:
 #   make demo    the quickstart: a private federated run on this machine, two minutes after installation
+#   make deploy-demo   a deployment on this machine: SuperLink, three sites, TLS; ARGS="--data GLUE/sst2" for real records
 #   make test    every test but the slow ones
 #   make slow    the slow ones: lies planted in scratch copies, a site killed 200 times, long audits
 # Also: lint, clean. What they need is installed into .venv once, and again when pyproject.toml or
@@ -22,7 +23,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test slow lint clean help
+.PHONY: demo deploy-demo test slow lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/fedlora simulate $(ARGS)
+
+deploy-demo: $(VENV)/.installed-dev
+	$(BIN)/python -m deploy.demo $(ARGS)
 
 # One thread per worker: the workers are the parallelism. Flower's tests share one worker (pytest.mark.xdist_group).
 test slow: export HF_HUB_OFFLINE = 1

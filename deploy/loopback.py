@@ -37,7 +37,8 @@ EXECUTABLES = Path(sys.executable).parent
 CONNECTION = "loopback"
 """Name of the SuperLink in the `flwr` command's configuration."""
 COMMAND_LIMIT = 120.0
-NODE_ID_LINE = "SuperNode ID: "
+NODE_ID_LINE, SERVING = "SuperNode ID: ", "serving"
+"""What SuperNode and daemon log once they can be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +69,22 @@ class Loopback:
         wire: between SuperNodes and SuperLink, with `cuttable=True`; `federation.wire.cut()`, `.mend()`.
     """
 
-    def __init__(self, folder: Path, *, sites: int = 3, cuttable: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, sites: int = 3, cuttable: bool = False, environment: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             folder: for keys, logs, database and what Flower keeps.
             sites: number of SuperNode key pairs.
             cuttable: lead the SuperNodes through a wire that can be cut; submitters reach the SuperLink directly.
+            environment: further variables for every process.
         """
         self.folder = folder.absolute()
         self.port = free_port()
         self.certificates: Certificates = make_certificates(
             self.folder / "keys", hosts=["localhost", "127.0.0.1"], sites=sites
         )
+        self._more = dict(environment or {})
         self.superlink = self._superlink()
         self.supernodes: list[Service] = []
         self.sites: list[Service] = []
@@ -103,7 +108,7 @@ class Loopback:
     @property
     def environment(self) -> dict[str, str]:
         """For commands of whoever submits runs: `flwr …`, `python -m server.submit`."""
-        return quiet_environment(EXECUTABLES, FLWR_HOME=str(self.folder / "submitter"))
+        return quiet_environment(EXECUTABLES, **self._more, FLWR_HOME=str(self.folder / "submitter"))
 
     def start_superlink(self) -> None:
         self.superlink.start()
@@ -143,11 +148,11 @@ class Loopback:
             ["flower-supernode", "--superlink", self._fleet_address, "--port", str(free_port()), *options]
         )
 
-    def start_site(self, policy: Path, answers_at: Path) -> Service:
-        """`fedlora site serve POLICY`, ready when it answers at the socket `answers_at`."""
+    def start_site(self, policy: Path) -> Service:
+        """`fedlora site serve POLICY`, ready when it says so."""
         name = f"site-{len(self.sites)}"
         command = [sys.executable, "-m", "fedlora", "site", "serve", str(policy.absolute())]
-        service = self._service(name, command, lambda _: _listens(answers_at))
+        service = self._service(name, command, lambda service: SERVING in service.log())
         self.sites.append(service)
         service.start()
         return service
@@ -233,7 +238,7 @@ class Loopback:
     def _service(self, name: str, command: Sequence[str], ready: Callable[[Service], bool]) -> Service:
         """Each has a Flower home of its own, as on machines of their own."""
         folder = self.folder / name
-        environment = quiet_environment(EXECUTABLES, FLWR_HOME=str(folder / "home"))
+        environment = quiet_environment(EXECUTABLES, **self._more, FLWR_HOME=str(folder / "home"))
         return Service(name=name, command=command, folder=folder, environment=environment, ready=ready)
 
     def _write_connection(self) -> None:
@@ -266,11 +271,6 @@ def free_port() -> int:
 def _accepts(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
 
 
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
