@@ -40,7 +40,7 @@ class Daemon:
         Raises:
             ConfigError: one of them cannot be listened on, or another daemon has it.
         """
-        self._stopped, self._held = threading.Event(), ExitStack()
+        self._desk, self._stopped, self._held = desk, threading.Event(), ExitStack()
         policy, slots = desk.policy, threading.BoundedSemaphore(MOST_CONNECTIONS)
         try:
             self._held.enter_context(_claimed(policy))
@@ -58,6 +58,7 @@ class Daemon:
             for thread in threads:
                 thread.start()
             self._stopped.wait()
+            self._desk.retire()
             for listener, thread in zip(self._listeners, threads, strict=True):
                 listener.shutdown()
                 thread.join()

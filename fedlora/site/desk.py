@@ -76,7 +76,12 @@ class Desk:
         self._seat: _Seat | None = None
         self._turn = threading.Lock()
         self._line = threading.BoundedSemaphore(LONGEST_LINE + 1)
+        self._retiring = False
         self._tally: Counter[tuple[str, str]] = Counter()
+
+    def retire(self) -> None:
+        """Begin nothing more. The round at work is ended; whoever waits in line is told to come back."""
+        self._retiring = True
 
     def close(self) -> None:
         """Wait for the round at work, then let go of everything."""
@@ -92,7 +97,7 @@ class Desk:
         else:
             try:
                 with self._turn:
-                    answer = self._enrol(request) if request.ask == "enrol" else self._round(request)
+                    answer = self._answer(request)
             except BaseException as error:  # a panic in a Rust extension is no Exception, and may quote its input too
                 log_failure(log, error, {"ask": request.ask, "client": request.client})
                 answer = Answer(code=failure_code(error))
@@ -141,6 +146,11 @@ class Desk:
             PolicyRefused: it cannot be used.
         """
         return replace(SitePolicy.from_toml(self.policy.path), site=self.policy.site, tls=self.policy.tls)
+
+    def _answer(self, request: Request) -> Answer:
+        if self._retiring:
+            return Answer(code="unavailable")
+        return self._enrol(request) if request.ask == "enrol" else self._round(request)
 
     def _enrol(self, request: Request) -> Answer:
         """Whether the site would take part, found out with records and model at hand. Charges nothing."""

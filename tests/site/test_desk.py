@@ -15,6 +15,7 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.errors import LedgerUnavailable, PolicyRefused
 from fedlora.federation import cohort, wire
 from fedlora.federation.cohort import Cohort
+from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.privacy.ledger import Ledger
 from fedlora.provenance import code_digest
 from fedlora.site.answers import Answers
@@ -256,6 +257,24 @@ def test_requests_wait_in_line_and_the_line_has_an_end(
         thread.join()
     assert len({answer.update for answer in codes}) == 1
     assert len(charged(site_folder)) == 2
+
+
+def test_a_desk_that_retires_ends_its_round_and_begins_no_other(
+    desk: Desk, asking: Asking, monkeypatch: pytest.MonkeyPatch, site_folder: SiteFolder
+) -> None:
+    run, answers = Cohort.run, []
+
+    def retired_meanwhile(self: Cohort, instruction: RoundInstruction) -> list[ClientUpdate]:
+        desk.retire()
+        waiting.start()
+        return run(self, instruction)
+
+    monkeypatch.setattr(Cohort, "run", retired_meanwhile)
+    waiting = threading.Thread(target=lambda: answers.append(desk.answer(asking.round(1))))
+    update_in(desk.answer(asking.round(0)))
+    waiting.join()
+    assert [answer.code for answer in answers] == ["unavailable"]
+    assert [row[1] for row in charged(site_folder) if row[2] == "reserved"] == [0]
 
 
 def test_the_round_is_the_cohorts(
