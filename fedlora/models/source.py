@@ -69,11 +69,8 @@ class ModelSource:
         Raises:
             ModelError: the folder holds no weights.
         """
-        files = _weight_files(self.folder)
-        if not files:
-            raise ModelError(f"model folder {self.folder} holds no weights; wanted model.safetensors")
         digests = {}
-        for path in files:
+        for path in self._weights:
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         if len(digests) == 1:
@@ -87,13 +84,17 @@ class ModelSource:
         Raises:
             ModelError: the folder holds no weights.
         """
-        weights = _weight_files(self.folder)
-        if not weights:
-            raise ModelError(f"model folder {self.folder} holds no weights; wanted model.safetensors")
         beside = [path for pattern in _HUB_FILES[:-1] for path in self.folder.glob(pattern) if path.is_file()]
-        # The one file of sentence-transformers that is read lies in a folder of its own.
-        poolings = [path for path in self.folder.glob("*_Pooling/config.json") if self.pooling is not None]
-        return tuple(sorted(path.relative_to(self.folder) for path in {*beside, *poolings, *weights}))
+        # What sentence-transformers say of their pooling lies in a folder of its own.
+        poolings = [path for path in self.folder.glob("*/config.json") if self.pooling is not None]
+        return tuple(sorted(path.relative_to(self.folder) for path in {*beside, *poolings, *self._weights}))
+
+    @property
+    def _weights(self) -> list[Path]:
+        files = _weight_files(self.folder)
+        if not files:
+            raise ModelError(f"model folder {self.folder} holds no weights; wanted model.safetensors")
+        return files
 
 
 def locate_model(name: str) -> ModelSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
+import ssl
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedlora.data.glue import Records, load_records
 from fedlora.errors import InputError, ModelError, PolicyRefused, PrivacyError
 from fedlora.models import locate_model
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.policy import NO_FOLDER, DataPolicy, SitePolicy
+from fedlora.privacy.policy import NO_FOLDER, DataPolicy, SitePolicy, TlsSection
 from fedlora.randomness import PublicSeed
 from fedlora.site.finding import Finding, bad, good, refused, warning
 from fedlora.site.machine import check_clock, check_disk, check_machine
@@ -46,6 +47,8 @@ def check_site(settings: Path) -> Iterator[Finding]:
     yield check_answers(policy)
     yield from check_permissions(policy)
     yield check_socket(policy)
+    if policy.tls is not None:
+        yield check_tls(policy, policy.tls)
     yield check_daemon(policy)
     yield from check_disk(policy, rehearsal.most_weights)
     yield check_clock(last_charge)
@@ -134,6 +137,19 @@ def check_answers(policy: SitePolicy) -> Finding:
         advice = "move it away; rounds that were answered are then refused where they would have been answered again"
         return bad(check, f"{path}: {' '.join(state.split())}", advice)
     return good(check, f"of {count} runs")
+
+
+def check_tls(policy: SitePolicy, tls: TlsSection) -> Finding:
+    """Whether certificate and key belong together, and the couriers' authority can be read."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(policy.beside(tls.certificate), policy.beside(tls.key))
+        context.load_verify_locations(policy.beside(tls.couriers))
+    except OSError as error:  # ssl.SSLError among them
+        return bad(
+            "TLS", f"[tls] cannot be used: {error.strerror or error}", "see whether its three files are PEM and match"
+        )
+    return good("TLS", f"{tls.address}, for couriers with a certificate")
 
 
 def check_daemon(policy: SitePolicy) -> Finding:

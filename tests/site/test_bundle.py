@@ -55,7 +55,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1")
 
 
@@ -401,6 +400,7 @@ def test_a_site_whose_model_came_in_a_bundle_does_its_rounds_without_a_network(
     theirs = build_workbench(site_folder.config)  # the server has the same model under another name
     asking = Asking(config=config, workbench=theirs, run_id=f"{config.digest()[:16]}-{'0' * 16}")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub's cache was asked"))
     desk = Desk(site_folder.settings)
     try:
         assert desk.answer(asking.enrol()).code == "ok"
@@ -425,3 +425,16 @@ def test_the_same_site_without_the_folder_takes_part_in_nothing(
         assert desk.answer(asking.enrol()).code == "bad_input"
     finally:
         desk.close()
+
+
+def test_no_hub_is_asked_for_a_model_that_is_not_here(
+    site_folder: SiteFolder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], no_network: None
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    words = ("--data", site_folder.path / "records", "--task", "sst2", "--model", NAME)
+    said = typed(("site", "init", site_folder.path / "new", *words), monkeypatch, capfd)
+    assert said.code == 2
+    assert f"fedlora bundle {NAME} OUT" in said.err
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    site_folder.write_policy((f'"{site_folder.config.model.name}"', f'"{NAME}"'))
+    assert typed(("site", "check", site_folder.settings), monkeypatch, capfd).code == 2

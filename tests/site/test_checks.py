@@ -21,11 +21,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deploy.certificates import make_certificates
 from fedlora.errors import PrivacyError
 from fedlora.models import locate_model
 from fedlora.privacy.accounting import Charge
 from fedlora.privacy.ledger import DataSet, Ledger, Request
-from fedlora.privacy.policy import SitePolicy
+from fedlora.privacy.policy import SitePolicy, TlsSection
 from fedlora.randomness import SecretRoot
 from fedlora.site import machine, permissions, rehearsal
 from fedlora.site.answers import Answers
@@ -35,6 +36,7 @@ from fedlora.site.checks import (
     check_ledger,
     check_offline,
     check_records,
+    check_tls,
     check_weights,
 )
 from fedlora.site.daemon import _claimed
@@ -345,6 +347,23 @@ def test_the_key_of_the_tls_address_is_for_the_daemon_alone(site_folder: SiteFol
     (site_folder.path / "a.key").chmod(0o660)
     policy = SitePolicy.from_toml(site_folder.settings)
     assert marked(check_permissions(policy), "permissions of the TLS key").mark == "bad"
+
+
+def test_certificates_that_do_not_fit_are_found(site_folder: SiteFolder) -> None:
+    made = [make_certificates(site_folder.path / name, hosts=["127.0.0.1"], sites=1) for name in ("a", "b")]
+
+    def found(key: Path) -> Finding:
+        tls = TlsSection(
+            address="127.0.0.1:7443",
+            certificate=str(made[0].server),
+            key=str(key),
+            couriers=str(made[0].authority),
+        )
+        return check_tls(SitePolicy.from_toml(site_folder.settings), tls)
+
+    assert found(made[0].server_key).mark == "good"
+    assert found(made[1].server_key).mark == "bad"
+    assert found(site_folder.path / "nothing.key").mark == "bad"
 
 
 def test_a_folder_in_which_others_can_swap_the_policy_is_found(open_folder: Path, site_folder: SiteFolder) -> None:
