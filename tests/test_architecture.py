@@ -24,6 +24,12 @@ WITHOUT_TORCH = (
     "fedlora.privacy.policy",
     "fedlora.privacy.units",
     "fedlora.experiments.report",
+    "fedlora.experiments.watch",
+    "fedlora.federation.schedule",
+    "fedlora.monitoring.logs",
+    "fedlora.monitoring.metrics",
+    "fedlora.privacy.phases",
+    "fedlora.site.health",
 )
 
 FORBIDDEN = {

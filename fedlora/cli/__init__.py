@@ -22,6 +22,7 @@ from fedlora.cli.runs import runs
 from fedlora.cli.simulate import simulate
 from fedlora.cli.site import site
 from fedlora.cli.sweep import sweep
+from fedlora.cli.watch import watch
 from fedlora.errors import FedloraError, RunInterrupted
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ app = typer.Typer(
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
 )
-for command in (simulate, sweep, report, calibrate, budget, audit, evaluate, predict, bundle):
+for command in (simulate, watch, sweep, report, calibrate, budget, audit, evaluate, predict, bundle):
     app.command()(command)
 app.add_typer(runs)
 app.add_typer(site)

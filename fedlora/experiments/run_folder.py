@@ -24,6 +24,9 @@ from typing import IO, Any, Self
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, RunFolderError, RunInterrupted
 
+_LOOK_SECONDS = 0.1
+"""Longer than anybody needs to see whether a run is claimed."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -122,6 +125,17 @@ class RunFolder:
         with self.config_file.open("rb") as file:
             claim(file, f"another process is at work on the run in {self.path}; wait for it, or stop it first")
             yield
+
+    def is_claimed(self) -> bool:
+        """Whether some process is at work on this run; False also where there is nothing to claim."""
+        try:
+            with self.config_file.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     @contextmanager
     def resumable(self, policy: Path | None = None) -> Iterator[None]:
@@ -270,10 +284,15 @@ def claim(file: IO[Any], refusal: str) -> None:
     Raises:
         RunFolderError: with `refusal`; another process has it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunFolderError(refusal) from error
+    end = time.monotonic() + _LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise RunFolderError(refusal) from error
+        time.sleep(_LOOK_SECONDS / 10)  # somebody may be looking only, as `RunFolder.is_claimed` does
 
 
 def _unused(config: RunConfig) -> Path:

@@ -48,6 +48,16 @@ def shown_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def shown_seconds(seconds: float) -> str:
+    """As people say it, with few figures."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 570:
+        return f"{seconds / 60:.1f} min"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def one_line(text: object, most: int = 200) -> str:
     """Without control characters, which a name from elsewhere may hold, and not longer than a reader can bear."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())

@@ -13,7 +13,7 @@ from fedlora.errors import FedloraError
 from fedlora.experiments.sweeps.duration import PROCESS_SECONDS, Workload, run_seconds, workload_of
 from fedlora.experiments.sweeps.speed import Speed, one_thread, speed_of
 from fedlora.experiments.sweeps.sweep import Cell
-from fedlora.experiments.terminal import one_line, shown_epsilon
+from fedlora.experiments.terminal import one_line, shown_epsilon, shown_seconds
 from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.sites import load_simulated_data
@@ -187,13 +187,3 @@ def together(seconds: Sequence[float], workers: int) -> float:
         first = min(range(workers), key=free.__getitem__)
         free[first] += needed
     return max(free)
-
-
-def shown_seconds(seconds: float) -> str:
-    """As people say it, with few figures."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 570:
-        return f"{seconds / 60:.1f} min"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

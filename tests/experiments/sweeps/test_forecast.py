@@ -16,10 +16,11 @@ from fedlora.engine.expanded import ExpandedBackend
 from fedlora.experiments.simulate import simulate
 from fedlora.experiments.sweeps import speed as speed_module
 from fedlora.experiments.sweeps.duration import run_seconds, workload_of
-from fedlora.experiments.sweeps.forecast import Forecast, forecast, print_forecast, shown_seconds, together
+from fedlora.experiments.sweeps.forecast import Forecast, forecast, print_forecast, together
 from fedlora.experiments.sweeps.speed import Speed
 from fedlora.experiments.sweeps.sweep import Cell
 from fedlora.experiments.sweeps.worker import Unwatched
+from fedlora.experiments.terminal import shown_seconds
 from fedlora.federation import shelf as shelf_module
 from fedlora.federation import workbench as workbench_module
 from fedlora.federation.shelf import Shelf
