@@ -59,7 +59,7 @@ class DaemonAddress:
             try:
                 line = self._connect()
                 break
-            except (FileNotFoundError, ConnectionRefusedError):  # it may be starting
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):  # it may be starting, or overrun
                 if time.monotonic() > end:
                     raise
                 time.sleep(_POLL)

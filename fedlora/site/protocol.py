@@ -11,7 +11,7 @@ a courier starts anew for every message.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -44,14 +44,18 @@ class Request:
         return _encode({"ask": self.ask, "client": self.client, "config": dict(self.config)}, self.instruction)
 
     @classmethod
-    def read(cls, stream: BinaryIO) -> Request:
+    def read(cls, stream: BinaryIO, make_room: Callable[[int], None] = lambda size: None) -> Request:
         """The request that the other side sends.
+
+        Args:
+            stream: that it arrives on.
+            make_room: told how many bytes of payload are announced, before any is read; may raise.
 
         Raises:
             ProtocolError: it is none.
-            OSError: it does not arrive.
+            OSError: it does not arrive, or not as a whole.
         """
-        header, payload = _read(stream)
+        header, payload = _read(stream, make_room)
         ask, client, config = header.get("ask"), header.get("client"), header.get("config")
         if ask not in ASKS or type(client) is not int or client < 0 or not isinstance(config, dict):
             raise ProtocolError(f"a request without ask ({', '.join(ASKS)}), client or config; it is not answered")
@@ -80,9 +84,9 @@ class Answer:
 
         Raises:
             ProtocolError: it is none.
-            OSError: it does not arrive.
+            OSError: it does not arrive, or not as a whole.
         """
-        header, payload = _read(stream)
+        header, payload = _read(stream, lambda size: None)
         code, facts = header.get("code"), header.get("facts")
         if not isinstance(code, str) or not isinstance(facts, dict):
             raise ProtocolError("an answer without code or facts; do courier and daemon run the same fedlora?")
@@ -98,7 +102,7 @@ def _encode(header: Mapping[str, Any], payload: bytes) -> bytes:
     return MAGIC + len(text).to_bytes(4, "big") + len(payload).to_bytes(8, "big") + text + payload
 
 
-def _read(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
+def _read(stream: BinaryIO, make_room: Callable[[int], None]) -> tuple[dict[str, Any], bytes]:
     start = _exactly(stream, len(MAGIC) + 12)
     lengths = start[len(MAGIC) :]
     header_length, payload_length = int.from_bytes(lengths[:4], "big"), int.from_bytes(lengths[4:], "big")
@@ -112,6 +116,7 @@ def _read(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
         raise ProtocolError("a message whose header is no JSON; it is not used") from error
     if not isinstance(header, dict):
         raise ProtocolError("a message whose header is no JSON object; it is not used")
+    make_room(payload_length)
     return header, _exactly(stream, payload_length)
 
 
@@ -121,7 +126,7 @@ def _exactly(stream: BinaryIO, length: int) -> bytes:
     while length > 0:
         part = stream.read(min(length, _CHUNK))
         if not part:
-            raise ProtocolError("a message that ends too early; it is not used")
+            raise ConnectionAbortedError("the other side hung up in the middle of a message")
         parts.append(part)
         length -= len(part)
     return b"".join(parts)
