@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedlora.errors import ConfigError, DaemonUnreachable
 from fedlora.privacy import accounting
-from fedlora.site import daemon as daemons
 from fedlora.site import health as healths
+from fedlora.site import listeners
 from fedlora.site.connection import DaemonAddress
 from fedlora.site.daemon import Daemon
 from fedlora.site.desk import Desk
@@ -113,7 +113,7 @@ def test_without_a_daemon_the_line_says_how_to_start_one(site_folder: SiteFolder
 def test_another_user_is_told_whom_to_ask(
     desk: Desk, site_folder: SiteFolder, say: Type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemons._Listener, "peer", lambda self, line: 12345)
+    monkeypatch.setattr(listeners.Listener, "peer", lambda self, line: 12345)
     with serving(desk):
         refused = say(site_folder.settings)
 
