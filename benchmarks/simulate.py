@@ -30,7 +30,8 @@ from benchmarks.report import RESULTS, command, conditions, save, table
 from benchmarks.spread import Spread, ratios, take_turns
 from fedlora.config import RunConfig
 from fedlora.models.source import locate_model
-from fedlora.privacy.plan import FINETUNE, make_plan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import make_plan
 
 CHECKOUT = Path(__file__).parent.parent
 FEDLORA = [sys.executable, "-m", "fedlora", "simulate"]

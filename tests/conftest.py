@@ -17,7 +17,8 @@ from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.privacy.plan import FINETUNE, PhasePlan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PhasePlan
 from fedlora.privacy.sampling import PoissonSampler
 
 REPOSITORY = Path(__file__).resolve().parent.parent

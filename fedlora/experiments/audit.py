@@ -27,7 +27,8 @@ from fedlora.federation.sites import load_simulated_data
 from fedlora.federation.workbench import build_workbench
 from fedlora.privacy.audit.finding import ERROR, Evidence, Finding, judge
 from fedlora.privacy.audit.noise import NoiseFinding, ReleasedNoise, judge_noise
-from fedlora.privacy.plan import TRAINING, make_plan
+from fedlora.privacy.phases import TRAINING
+from fedlora.privacy.plan import make_plan
 from fedlora.randomness import SecretRoot
 
 Level = Literal["mechanism", "training", "all"]

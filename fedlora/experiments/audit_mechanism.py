@@ -25,7 +25,8 @@ from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.audit.finding import Evidence
 from fedlora.privacy.audit.scores import log_likelihood_ratio
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import FINETUNE, PhasePlan, PrivacyPlan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PhasePlan, PrivacyPlan
 from fedlora.randomness import SecretRoot
 
 SLOT_SIZES = (8, 8, 8, 8)

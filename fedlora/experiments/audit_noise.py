@@ -29,7 +29,8 @@ from fedlora.federation.workbench import Workbench
 from fedlora.privacy.audit.noise import ReleasedNoise
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.granular import grid_of
-from fedlora.privacy.plan import FINETUNE, PhasePlan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PhasePlan
 
 SITES, MOST_STEPS = 4, 4
 

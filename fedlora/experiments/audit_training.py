@@ -29,7 +29,8 @@ from fedlora.federation.sites import TrainingData, encode_training_data, make_si
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.audit.finding import Evidence
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import FINETUNE, PrivacyPlan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PrivacyPlan
 from fedlora.randomness import PublicSeed, SecretRoot
 
 MOST_ROUNDS = 3

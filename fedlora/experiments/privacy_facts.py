@@ -21,7 +21,7 @@ from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.egress import FACTS, PHASE_FACTS, Fact
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
-from fedlora.privacy.plan import TRAINING
+from fedlora.privacy.phases import TRAINING
 from fedlora.privacy.units import Guarantee
 
 NO_POLICY, POLICY, SITES = "none", "policy", "sites"

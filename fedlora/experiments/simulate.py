@@ -46,7 +46,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.sites import load_simulated_data, localised, make_sites
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.plan import EVALUATION, FINETUNE
+from fedlora.privacy.phases import EVALUATION, FINETUNE
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import PublicSeed
 

@@ -24,7 +24,7 @@ from fedlora.config import RunConfig
 from fedlora.experiments.privacy_facts import who_answered
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.granular import released_std
-from fedlora.privacy.plan import FINETUNE, WARMUP
+from fedlora.privacy.phases import FINETUNE, WARMUP
 from fedlora.privacy.projection import LowPass
 
 

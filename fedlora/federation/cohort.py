@@ -21,7 +21,7 @@ from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
 
 
 @dataclass(kw_only=True)

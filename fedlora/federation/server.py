@@ -25,16 +25,8 @@ from fedlora.federation.selection import choose_modules, chosen_theta
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.mechanisms.granular import released_std
-from fedlora.privacy.plan import (
-    ALIGNMENT,
-    BILEVEL,
-    EVALUATION,
-    FINETUNE,
-    PROTOTYPE,
-    TRAINING,
-    WARMUP,
-    evaluation_phases,
-)
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, TRAINING, WARMUP
+from fedlora.privacy.plan import evaluation_phases
 
 logger = logging.getLogger(__name__)
 

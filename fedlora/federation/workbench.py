@@ -26,7 +26,7 @@ from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.shelf import Shelf
 from fedlora.models import Classifier
 from fedlora.models.families import block_position
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WARMUP
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
 
 

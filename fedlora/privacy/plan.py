@@ -22,13 +22,7 @@ from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.mechanisms.mechanism import Mechanism, make_mechanism
 from fedlora.privacy.noise import NoiseSource
-from fedlora.privacy.phases import ALIGNMENT as ALIGNMENT  # known here to all who plan
-from fedlora.privacy.phases import BILEVEL as BILEVEL
-from fedlora.privacy.phases import EVALUATION as EVALUATION
-from fedlora.privacy.phases import FINETUNE as FINETUNE
-from fedlora.privacy.phases import PROTOTYPE as PROTOTYPE
-from fedlora.privacy.phases import TRAINING as TRAINING
-from fedlora.privacy.phases import WARMUP as WARMUP
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 from fedlora.privacy.projection import LowPass
 from fedlora.privacy.sampling import PoissonSampler
 

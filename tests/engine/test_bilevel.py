@@ -21,7 +21,8 @@ from fedlora.errors import PrivacyError
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.clipping import AUTOMATIC_STABILITY, Clipping
 from fedlora.privacy.noise import HostNoise, NoiseSource
-from fedlora.privacy.plan import BILEVEL, PhasePlan
+from fedlora.privacy.phases import BILEVEL
+from fedlora.privacy.plan import PhasePlan
 from fedlora.randomness import SecretRoot
 from tests.engine.reference import random_theta
 from tests.engine.test_gates import loop_with_gates

@@ -19,7 +19,8 @@ from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, 
 from fedlora.engine.training import TrainedRow, TrainingJob, train
 from fedlora.privacy.mechanisms.mechanism import make_mechanism
 from fedlora.privacy.noise import HostNoise
-from fedlora.privacy.plan import FINETUNE, PhasePlan, make_plan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PhasePlan, make_plan
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import SecretRoot
 

@@ -26,7 +26,8 @@ from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise, NoiseSource
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PhasePlan, make_plan
+from fedlora.privacy.phases import FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import PhasePlan, make_plan
 from fedlora.randomness import SecretRoot
 
 SIGMA, CLIP, BATCH, CLIENTS, STEPS = 1.7, 0.4, 4, 4, 12

@@ -37,7 +37,8 @@ from fedlora.privacy.audit.noise import NoiseFinding, judge_noise
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.noise import HostNoise, NoiseSource
-from fedlora.privacy.plan import FINETUNE, PrivacyPlan, make_plan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PrivacyPlan, make_plan
 from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot
 

@@ -27,7 +27,8 @@ from fedlora.federation.sites import TrainingData, make_site
 from fedlora.federation.wire import decode_instruction, decode_update, encode_instruction, encode_update
 from fedlora.models import locate_model
 from fedlora.privacy.accounting import Charge
-from fedlora.privacy.plan import EVALUATION, FINETUNE, make_plan
+from fedlora.privacy.phases import EVALUATION, FINETUNE
+from fedlora.privacy.plan import make_plan
 from fedlora.privacy.policy import SitePolicy
 from fedlora.randomness import SecretRoot
 

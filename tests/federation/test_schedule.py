@@ -8,7 +8,7 @@ import pytest
 
 from fedlora.config import RunConfig
 from fedlora.federation.schedule import make_schedule, planned_steps
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 
 
 def schedule_of(*overrides: str) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.federation.site import Site
 from fedlora.federation.sites import TrainingData, make_sites
 from fedlora.privacy.ledger import DataSet, Ledger
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL
 from fedlora.privacy.sampling import PoissonSampler
 from tests.engine.test_noise import Sabotaged, are_uncorrelated, has_std, is_normal
 

@@ -20,7 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.experiments import simulate as module
 from fedlora.experiments.simulate import simulate
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
-from fedlora.privacy.plan import FINETUNE
+from fedlora.privacy.phases import FINETUNE
 from fedlora.randomness import PublicSeed
 
 SELECTS = ("all", "random", "probe", "alignment", "warmup", "bilevel", "mask")

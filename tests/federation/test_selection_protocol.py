@@ -19,7 +19,7 @@ from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
 from fedlora.federation.sites import make_site
 from fedlora.federation.wire import decode_instruction, decode_update, encode_instruction, encode_update
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, FINETUNE, WARMUP
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, FINETUNE, WARMUP
 from fedlora.randomness import SecretRoot
 
 SHORT = (

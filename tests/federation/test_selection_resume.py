@@ -21,7 +21,7 @@ from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.server import Reply
 from fedlora.federation.workbench import build_workbench
-from fedlora.privacy.plan import FINETUNE
+from fedlora.privacy.phases import FINETUNE
 
 SHORT = ("federation.local_steps=1", "adapter.search_rounds=2", "privacy.accountant=rdp", "training.learning_rate=0.05")
 KEPT_ADAM = ("training.optimizer=adam", "training.keep_state=true")

@@ -14,7 +14,7 @@ from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
 from fedlora.privacy.ledger import DataSet
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE
+from fedlora.privacy.phases import FINETUNE, PROTOTYPE
 from fedlora.randomness import SecretRoot
 
 PARTIAL = ("federation.clients=5", "federation.participation=0.4", "federation.rounds=6", "model.head=prototype")

@@ -10,7 +10,7 @@ import torch
 
 from fedlora.errors import DataError, ModelError
 from fedlora.federation.sites import load_simulated_data, make_site, make_sites
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE
+from fedlora.privacy.phases import FINETUNE, PROTOTYPE
 
 
 def test_two_participants_agree_on_layout_schedule_and_frozen_weights(make_bench: Any) -> None:

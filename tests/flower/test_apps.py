@@ -27,7 +27,7 @@ from fedlora.federation import cohort, wire
 from server.app import app as server_app
 from tests.flower.local_grid import LocalGrid, Silent, context_of, forget, rounds, run, trained
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.flower
 
 SECRET = "the patient's name is in this sentence"
 

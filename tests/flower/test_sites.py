@@ -34,7 +34,7 @@ from fedlora.site.daemon import Daemon
 from fedlora.site.desk import Desk
 from tests.flower.local_grid import LocalGrid, rounds, run, trained
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.flower
 
 
 @dataclass(kw_only=True)

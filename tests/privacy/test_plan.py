@@ -19,7 +19,8 @@ from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
 from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, FINETUNE, PROTOTYPE, WARMUP, PrivacyPlan, make_plan
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, FINETUNE, PROTOTYPE, WARMUP
+from fedlora.privacy.plan import PrivacyPlan, make_plan
 from fedlora.randomness import SecretRoot
 
 N, ROUNDS = 2000, 5

@@ -17,7 +17,8 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.noise import HostNoise
-from fedlora.privacy.plan import FINETUNE, PROTOTYPE, PhasePlan, make_plan
+from fedlora.privacy.phases import FINETUNE, PROTOTYPE
+from fedlora.privacy.plan import PhasePlan, make_plan
 from fedlora.privacy.projection import LowPass
 from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot

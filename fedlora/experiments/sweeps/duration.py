@@ -21,7 +21,7 @@ from fedlora.engine.execution import choose_execution
 from fedlora.experiments.sweeps.speed import Speed
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.shelf import Shelf
-from fedlora.privacy.plan import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
 from fedlora.randomness import PublicSeed
 
 # Measured on a machine of four shared cores with the quickstart's model.

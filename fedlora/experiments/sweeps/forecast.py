@@ -17,7 +17,8 @@ from fedlora.experiments.terminal import one_line, shown_epsilon, shown_seconds
 from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.sites import load_simulated_data
-from fedlora.privacy.plan import FINETUNE, PrivacyPlan, make_plan
+from fedlora.privacy.phases import FINETUNE
+from fedlora.privacy.plan import PrivacyPlan, make_plan
 
 Thing = TypeVar("Thing")
 
