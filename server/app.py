@@ -64,6 +64,7 @@ def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progres
         FedloraError: too few nodes become clients of this run before the deadline, or the run failed.
     """
     config, federation = workbench.config, workbench.config.federation
+    folder.failure_file.unlink(missing_ok=True)  # of a submission before this one
     with folder.failing():
         roster = Roster(grid=grid, clients=federation.clients, ttl=federation.round_deadline)
         roster.wait(federation.join_deadline, federation.minimum_clients)

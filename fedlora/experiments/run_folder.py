@@ -151,10 +151,14 @@ class RunFolder:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """A run that fails in here says why in its folder, for whoever looks there; a person's interrupt is none."""
-        self.failure_file.unlink(missing_ok=True)
+        """A run that fails in here says why in its folder, for whoever looks there; a person's interrupt is none.
+
+        A folder that holds no state of this run is left as it is.
+        """
         try:
             yield
+        except RunFolderError:
+            raise
         except Exception as error:  # of others than ours the text is not for keeping: nobody knows what it quotes
             reason = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}; the log says where"
             replace_file(self.failure_file, f"{' '.join(reason.split())}\n".encode())

@@ -229,6 +229,7 @@ def _run_rounds(
 ) -> None:
     clock, resumed = time.perf_counter(), folder.last_asked() >= 0
     state = _state_to_go_on_from(folder, workbench, sites)
+    folder.failure_file.unlink(missing_ok=True)  # it goes on
     if ledger is not None:
         _check_ledger(ledger, folder, state, workbench.schedule)
         ledger.abandon(state.run_id, from_round=state.next_round)

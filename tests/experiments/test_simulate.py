@@ -350,9 +350,9 @@ def test_killed_at_random_moments_a_run_loses_no_round_and_no_bit(make_run: Make
 
 
 class _Elsewhere:
-    """Sites in another process: they answer, and the server dies before it has written anything down."""
+    """Sites in another process: they answer, the same to the same question, and the server dies before it notes it."""
 
-    def __init__(self, config: RunConfig, dies_at: int | None) -> None:
+    def __init__(self, config: RunConfig, dies_at: int | None, given: dict[str, Any]) -> None:
         self.open = ExitStack()  # it would take the adapters off again where it is collected
         prepared = self.open.enter_context(module._prepared(config, None, Shelf()))
         self.inner = module.CohortTransport(
@@ -361,41 +361,37 @@ class _Elsewhere:
             sites=prepared.sites,
             ledger=Ledger.open(Path(config.run.out).with_name("elsewhere.sqlite")),
         )
-        self.dies_at = dies_at
+        self.dies_at, self.given = dies_at, given
         self.asked: list[int] = []
 
     def exchange(self, instruction: Any, clients: tuple[int, ...]) -> Any:
         self.asked.append(instruction.round_index)
-        replies = self.inner.exchange(instruction, clients)
+        if instruction.digest not in self.given:
+            self.given[instruction.digest] = self.inner.exchange(instruction, clients)
         if instruction.round_index == self.dies_at:
             raise Killed
-        return replies
+        return self.given[instruction.digest]
 
 
-def _serve(config: RunConfig, folder: RunFolder, dies_at: int | None) -> _Elsewhere:
-    transport = _Elsewhere(config, dies_at)
+def _serve(config: RunConfig, folder: RunFolder, dies_at: int | None, given: dict[str, Any]) -> _Elsewhere:
+    transport = _Elsewhere(config, dies_at, given)
     module.run_server(config, folder, transport.inner.workbench, transport, (), Silent())
     return transport
 
 
-def test_a_round_that_sites_elsewhere_may_have_released_is_charged_and_not_asked_for_again(make_run: MakeRun) -> None:
-    """Asked again they would release it with other noise: two releases, and one in the record."""
+@pytest.mark.parametrize("dies_at", [0, 2])
+def test_a_round_that_sites_elsewhere_have_answered_is_asked_for_in_the_very_same_words(
+    make_run: MakeRun, dies_at: int
+) -> None:
+    """In other words they would have to do it again with other noise: two releases, and one in the record."""
     config = make_run("privacy.seeded_noise=false", "federation.participation=1.0", "training.keep_state=false")
-    folder = RunFolder.create(config)
+    folder, given = RunFolder.create(config), dict[str, Any]()
     with pytest.raises(Killed):
-        _serve(config, folder, dies_at=2)
-    asked = _serve(config, folder, dies_at=None).asked
-    assert asked == [3]
-    assert [entry["round"] for entry in folder.read_rounds()] == [0, 1, 3]
+        _serve(config, folder, dies_at, given)
+    asked = _serve(config, folder, None, given).asked
+    assert asked == list(range(dies_at, 4))
+    assert len(given) == 4
+    assert [entry["round"] for entry in folder.read_rounds()] == [0, 1, 2, 3]
     record = json.loads(folder.record_file.read_text())
     assert {client["num_steps"] for client in record["clients"]} == {3 * config.federation.local_steps}
     assert not folder.asked_file.exists()
-
-
-def test_a_run_that_died_in_its_prototype_release_starts_anew(make_run: MakeRun) -> None:
-    config = make_run("privacy.seeded_noise=false")
-    folder = RunFolder.create(config)
-    with pytest.raises(Killed):
-        _serve(config, folder, dies_at=0)
-    with pytest.raises(RunFolderError, match="released their prototype numbers"):
-        _serve(config, folder, dies_at=None)

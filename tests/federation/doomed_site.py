@@ -59,7 +59,7 @@ def serve(config_file: Path, policy_file: Path) -> None:
 
 
 def prepare(config_file: Path, policy_file: Path) -> tuple[Any, Any]:
-    """A cohort of one without its ledger, as clients/app.py makes it, and what a server sends."""
+    """A cohort of one without its ledger, as a site's desk makes it, and what a server sends."""
     import torch
 
     from fedlora.config import RunConfig
@@ -67,6 +67,7 @@ def prepare(config_file: Path, policy_file: Path) -> tuple[Any, Any]:
     from fedlora.federation.messages import RoundInstruction
     from fedlora.federation.schedule import make_schedule
     from fedlora.federation.server import initial_state
+    from fedlora.federation.shelf import Shelf
     from fedlora.federation.sites import encode_training_data, load_own_data, localised, make_site
     from fedlora.federation.workbench import build_workbench
     from fedlora.privacy.ledger import Ledger
@@ -75,7 +76,7 @@ def prepare(config_file: Path, policy_file: Path) -> tuple[Any, Any]:
     torch.set_num_threads(1)
     policy = SitePolicy.from_toml(policy_file)
     config = localised(RunConfig.from_toml(config_file), policy)
-    data, bench = load_own_data(config, 0), build_workbench(config)
+    data, bench = load_own_data(config, 0, Shelf()), build_workbench(config)
     site = make_site(config, data, make_schedule(config), 0, policy)
     dataset = encode_training_data(bench, data)
     cohort = Cohort(workbench=bench, dataset=dataset, sites=[site], ledger=Ledger.in_memory())

@@ -116,4 +116,4 @@ def test_a_share_of_nothing_is_refused(tiny_config: TinyConfig, monkeypatch: pyt
 
 def test_a_real_site_takes_part_with_all_of_its_records(tiny_config: TinyConfig) -> None:
     with pytest.raises(ConfigError, match="for simulations"):
-        load_own_data(tiny_config("data.train_share=0.5"), 0)
+        load_own_data(tiny_config("data.train_share=0.5"), 0, Shelf())

@@ -518,7 +518,7 @@ def test_a_stricter_policy_ends_a_run_under_way(hospital: Hospital, monkeypatch:
 
 def test_a_policy_is_no_option_under_flower(hospital: Hospital) -> None:
     hospital.write_policy()
-    assert "--node-config" in refused(hospital.ask("run.transport=flower"), code=2)
+    assert "fedlora site serve" in refused(hospital.ask("run.transport=flower"), code=2)
 
 
 def test_several_sites_cannot_share_out_one_data_sets_budget(hospital: Hospital) -> None:
