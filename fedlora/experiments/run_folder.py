@@ -60,11 +60,12 @@ class RunFolder:
         """
         found = cls(Path(config.run.out))
         if config.run.out and found.config_file.is_file():
-            if found.read_config().digest() == config.digest():
+            began = found.read_config()
+            if (began.digest(), began.run.transport) == (config.digest(), config.run.transport):
                 return cls.open(found.path)
             raise RunFolderError(
-                f"run folder {found.path} holds a run with another configuration and is left as it is; "
-                "choose another run.out, or submit the configuration that it began with"
+                f"run folder {found.path} holds a run with another configuration or transport and is left as it is; "
+                "choose another run.out, or submit what it began with"
             )
         return cls.create(config)
 

@@ -255,13 +255,13 @@ def test_a_round_with_too_few_answers_ends_the_run_which_goes_on_when_they_are_b
         assert site.charges == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
 
 
-def test_a_folder_of_another_configuration_is_left_as_it_is(guarded: Guarded) -> None:
+@pytest.mark.parametrize("other", ["privacy.epsilon=5", "run.transport=flower"])
+def test_a_folder_of_another_run_is_left_as_it_is(guarded: Guarded, other: str) -> None:
     config, grid, _ = guarded
     folder = RunFolder.create(config)
-    other = config.with_overrides("privacy.epsilon=5")
-    with pytest.raises(RunFolderError, match="another configuration"):
-        run(other, grid)
-    assert folder.read_config().privacy.epsilon == 6.0
+    with pytest.raises(RunFolderError, match="another configuration or transport"):
+        run(config.with_overrides(other), grid)
+    assert folder.read_config() == config
     assert grid.sent == []
 
 
