@@ -213,7 +213,8 @@ class Desk:
             if kept is not None:
                 memory.recall(seat.site, kept.memory)
             charged = self._ledger.charges_of_run(instruction.run_id)
-            seat.site.next_round = max(seat.site.next_round, max(charged, default=-1) + 1)
+            if charged:  # also where no answer of it is kept
+                seat.site.run_id, seat.site.next_round = instruction.run_id, max(seat.site.next_round, max(charged) + 1)
             try:
                 _check_plan(seat.site, charged)
             except PolicyRefused:
