@@ -127,11 +127,14 @@ def _count(site: NewSite) -> int:
     """How many records there are, after a look at columns and labels."""
     if site.data == "hub":
         raise DataError('--data hub: a site\'s daemon asks no hub; give the folder of its records, or "generated"')
+    place = Path(site.data).expanduser()
+    if site.data not in NO_FOLDER and not place.is_dir():
+        raise DataError(f'--data {site.data} is no folder; give that of the records, or "generated" to try things out')
     settings = RunConfig().data
     return len(
         load_records(
             site.task,
-            site.data if site.data in NO_FOLDER else str(Path(site.data).expanduser().absolute()),
+            site.data if site.data in NO_FOLDER else str(place.absolute()),
             "train",
             generated_records=settings.generated_records,
             seed=PublicSeed.from_int(0),

@@ -117,7 +117,7 @@ def test_a_delta_at_which_a_record_may_be_published_is_refused(place: Path, init
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--data", "nowhere", "--task", "sst2"), "nowhere"),
+        (("--data", "nowhere", "--task", "sst2"), "--data nowhere is no folder"),
         (("--data", "records", "--task", "sst3"), "sst3"),
         (("--data", "records", "--task", "qnli"), "question"),
         (("--data", "hub", "--task", "sst2"), "asks no hub"),
