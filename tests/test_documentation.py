@@ -14,7 +14,7 @@ from fedlora.cli import main
 from fedlora.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted(path for folder in (".", "docs", "benchmarks", "deploy") for path in (ROOT / folder).glob("*.md"))
 RECIPES = sorted(ROOT.glob("simulations/recipes/*.toml"))
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
