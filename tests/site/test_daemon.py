@@ -352,3 +352,17 @@ def test_a_round_at_work_is_ended_and_given(
     with serving(site_folder):
         assert ask(site_folder, asking.round()) == found[0]
     assert reserved(site_folder) == 1
+
+
+# What it tells -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asker", "code"), [(0, "ok"), (os.geteuid(), "ok"), (61_234, "refused"), (None, "refused")])
+def test_status_is_for_its_own_user_and_root(
+    desk: Desk, site_folder: SiteFolder, monkeypatch: pytest.MonkeyPatch, asker: int | None, code: str
+) -> None:
+    """What other runs have spent is none of a courier's business."""
+    monkeypatch.setattr(listeners.Listener, "peer", lambda self, line: asker)
+    answer = ask(site_folder, STATUS)
+    assert answer.code == code
+    assert bool(answer.facts) == (code == "ok")
