@@ -420,7 +420,7 @@ def test_a_ledger_belongs_on_a_local_disk(
 
 
 def test_mounts_with_blanks_and_mounts_over_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "a b" / "c"
+    place = tmp_path / "a b" / "called"
     place.mkdir(parents=True)
     shown = str(tmp_path / "a b").replace(" ", r"\040")
     table = tmp_path / "mountinfo"
