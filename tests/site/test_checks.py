@@ -424,7 +424,8 @@ def test_mounts_with_blanks_and_mounts_over_mounts(tmp_path: Path, monkeypatch: 
     place.mkdir(parents=True)
     shown = str(tmp_path / "a b").replace(" ", r"\040")
     table = tmp_path / "mountinfo"
-    table.write_text(f"1 0 8:1 / / rw - ext4 x rw\n2 1 0:4 / {shown} rw - nfs x rw\n3 1 0:5 / {shown} rw - xfs x rw\n")
+    mounted = [("/", "ext4"), (shown, "nfs"), (shown, "xfs"), (f"{shown}/call", "nfs")]
+    table.write_text("".join(f"1 0 0:4 / {mount} rw - {kind} x rw\n" for mount, kind in mounted))
     monkeypatch.setattr(machine, "_MOUNTS", table)
     assert machine.filesystem(place) == "xfs"
     monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "nothing")
