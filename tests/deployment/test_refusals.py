@@ -119,7 +119,7 @@ def test_a_run_that_asks_for_less_privacy_than_the_policy_is_refused(
 
 
 def test_a_hostile_server_gets_each_round_once(deployment: Deployment) -> None:
-    """Replays have the same bits, everything else for a round that is over is refused, and so is what came before it."""
+    """A replay has the same bits; whatever else is asked of a round that is over, or was passed over, is refused."""
     (site,), folder = deployment.sites, deployment.folder
     config = deployment.config.with_overrides("run.seed=77")
     app = write_app(folder / "hostile", config, folder / "notes.json")
