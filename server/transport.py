@@ -22,8 +22,8 @@ from server.roster import ASK_AGAIN, Roster
 
 ASK_SILENT_AGAIN = 60.0
 """Seconds until a client that keeps silent is asked again, at first; then twice as many, and so on."""
-SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0
-"""Seconds between two looks for replies: often at first, since a round may be short."""
+SHORTEST_POLL, LONGEST_POLL, POLL_SHARE = 0.05, 1.0, 1 / 40
+"""Seconds between two looks for replies, and between them the share of the time waited so far: a round may be short."""
 
 log = logging.getLogger("fedlora.server")
 
@@ -49,7 +49,7 @@ class GridTransport:
             waiting=set(clients) - replies.keys(),
             end=time.monotonic() + self.round_deadline,
         )
-        pause = SHORTEST_POLL
+        begun = time.monotonic()
         while exchange.waiting and time.monotonic() < exchange.end:
             self.roster.look()
             self._ask(exchange, replies)
@@ -57,8 +57,7 @@ class GridTransport:
                 self._take(exchange, client, node, _read(reply, client, node), replies)
             if all(self._is_gone(exchange, client) for client in exchange.waiting):
                 break
-            time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_POLL)
+            time.sleep(min(max(SHORTEST_POLL, POLL_SHARE * (time.monotonic() - begun)), LONGEST_POLL))
         return [*replies.values()]
 
     def _ask(self, exchange: _Exchange, replies: dict[int, Reply]) -> None:
