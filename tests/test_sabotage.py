@@ -40,6 +40,9 @@ _PLAN = "tests/privacy/test_plan.py"
 _GATES = "tests/engine/test_gates.py"
 _BILEVEL = "tests/engine/test_bilevel.py"
 _RELEASES = "tests/federation/test_search_releases.py"
+_DESK = "tests/site/test_desk.py"
+_SPENDING = "tests/site/test_spending.py"
+_DAEMON = "tests/site/test_daemon.py"
 
 LIES = {
     "no noise": Lie(
@@ -240,12 +243,72 @@ LIES = {
         planted="[(s := gated.products(gradients, toward, owner)).nan_to_num().mean(0) - s]",
         checks=(_GATES,),
     ),
+    "a kept answer is given to another question": Lie(
+        file="fedlora/site/desk.py",
+        sound="kept is not None and kept.asked == asked and",
+        planted="kept is not None and",
+        checks=(f"{_DESK}::test_another_question_for_a_round_that_is_over_is_refused",),
+    ),
+    "rounds that only the ledger remembers are open again": Lie(
+        file="fedlora/site/desk.py",
+        sound="max(seat.site.next_round, max(charged) + 1)",
+        planted="seat.site.next_round",
+        checks=(f"{_SPENDING}::test_what_was_passed_over_stays_so_though_answers_are_lost",),
+    ),
+    "an edit of the policy counts from the next start": Lie(
+        file="fedlora/site/desk.py",
+        sound="policy = self._policy_now()\n        policy.check_config",
+        planted="policy = self.policy\n        policy.check_config",
+        checks=(f"{_DESK}::test_an_edit_of_the_policy_counts_at_once",),
+    ),
+    "a run may change its configuration": Lie(
+        file="fedlora/site/desk.py",
+        sound="        _check_run(config, instruction)\n",
+        planted="",
+        checks=(f"{_DESK}::test_a_run_is_one_configuration",),
+    ),
+    "a run may change its plan": Lie(
+        file="fedlora/site/desk.py",
+        sound="                _check_plan(seat.site, charged)\n",
+        planted="                pass\n",
+        checks=(f"{_DESK}::test_a_run_is_one_plan",),
+    ),
+    "two runs of one configuration share a secret": Lie(
+        file="fedlora/site/desk.py",
+        sound="            self._clear()\n            seat = self._seat_for(config, request, policy)\n",
+        planted="            seat.site.run_id, seat.site.next_round = None, 0\n",
+        checks=(f"{_DESK}::test_two_runs_take_turns_and_each_is_charged",),
+    ),
+    "an update leaves unseen": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="        check_update(update, instruction, layout)\n        return update\n",
+        planted="        return update\n",
+        checks=(f"{_SPENDING}::test_what_egress_refuses_does_not_leave",),
+    ),
+    "status is told to couriers": Lie(
+        file="fedlora/site/listeners.py",
+        sound="if self.server.peer(self.request) not in (os.geteuid(), 0):",
+        planted="if self.server.peer(self.request) in ():",
+        checks=(f"{_DAEMON}::test_status_is_for_its_own_user_and_root",),
+    ),
+    "everybody may use the socket": Lie(
+        file="fedlora/site/daemon.py",
+        sound="os.umask(0o117 if group else 0o177)",
+        planted="os.umask(0)",
+        checks=(f"{_DAEMON}::test_the_socket_is_for_its_user_or_for_the_group",),
+    ),
+    "couriers over TLS need no certificate": Lie(
+        file="fedlora/site/daemon.py",
+        sound="context.verify_mode = ssl.CERT_REQUIRED",
+        planted="context.verify_mode = ssl.CERT_OPTIONAL",
+        checks=("tests/site/test_tls.py::test_without_a_certificate_nobody_is_answered",),
+    ),
 }
 
 
 def copy_of_the_project(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
-    for name in ("fedlora", "clients", "server", "simulations", "tests"):
+    for name in ("fedlora", "clients", "server", "simulations", "deploy", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder

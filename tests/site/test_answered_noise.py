@@ -6,12 +6,15 @@ Statistical tests raise a false alarm with a chance of at most 1e-6, and are red
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -64,8 +67,9 @@ def counted_roots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites.SecretRoot, "from_os", CountedRoots())
 
 
-def asking_for(config: RunConfig, suffix: int = 0) -> Asking:
-    return Asking(config=config, workbench=build_workbench(config), run_id=f"{config.digest()[:16]}-{suffix:016}")
+def asking_for(config: RunConfig) -> Asking:
+    bench = build_workbench(config.with_overrides("engine.token_budget=64"))
+    return Asking(config=config, workbench=bench, run_id=f"{config.digest()[:16]}-{0:016}")
 
 
 def with_head(request: Request, weight: float) -> Request:
@@ -250,3 +254,46 @@ def test_whatever_it_is_configured_as_no_answer_has_too_little_noise(
             phase["effective_noise_multiplier"] >= LEAST for phase in update.facts["phases"] if phase["num_steps"]
         )
         assert update.facts["epsilon"] <= 6
+
+
+# How many records there are ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(site_folder: SiteFolder) -> Iterator[SiteFolder]:
+    """The same site with half the records; both policies give a number between as theirs."""
+    path = Path(tempfile.mkdtemp(prefix="fedlora-half-", dir="/tmp"))
+    shutil.copytree(site_folder.path, path, dirs_exist_ok=True)
+    for folder in (smaller := replace(site_folder, path=path), site_folder):
+        number = f"max_delta = 1e-3\npublic_size = {RECORDS * 3 // 4}"
+        folder.write_policy(("max_delta = 1e-3", number), ("token_budget = 4096", "token_budget = 64"))
+    records = path / "records" / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(records).slice(0, RECORDS // 2), records)
+    yield smaller
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def desk_of_half(half: SiteFolder) -> Iterator[Desk]:
+    opened = Desk(half.settings)
+    yield opened
+    opened.close()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted(VALUES)), st.just(None), max_size=3), st.data())
+def test_no_code_and_no_fact_tells_how_many_records_there_are(
+    desk_of_half: Desk, desk: Desk, asking: Asking, keys: dict[str, None], data: st.DataObject
+) -> None:
+    asked = {**asking.config.to_flower(), **{key: data.draw(VALUES[key], label=key) for key in keys}}
+    question = Request(ask="enrol", config=asked)
+    code = desk.answer(question).code
+    assert desk_of_half.answer(question).code == code
+    if code != "ok":
+        return
+    first = replace(asking_for(RunConfig.from_flower(asked)).round(0), config=asked)
+    one, other = desk.answer(first), desk_of_half.answer(first)
+    assert one.code == other.code
+    if one.code == "ok":
+        assert update_in(one).facts == update_in(other).facts
+        assert "num_examples" not in update_in(one).facts

@@ -213,6 +213,19 @@ def test_the_end_of_one_run_is_not_the_end_of_another(asking: Asking, site_folde
     second.close()
 
 
+def test_what_was_passed_over_stays_so_though_answers_are_lost(asking: Asking, site_folder: SiteFolder) -> None:
+    """The ledger has no row of round 1: that it is over follows from the row of round 2."""
+    first = Desk(site_folder.settings)
+    for index in (0, 2):
+        update_in(first.answer(asking.round(index)))
+    first.close()
+    (site_folder.path / "answers.sqlite").unlink()
+    second = Desk(site_folder.settings)
+    assert [second.answer(asking.round(index)).code for index in (1, 2)] == ["over", "over"]
+    update_in(second.answer(asking.round(3)))
+    second.close()
+
+
 def test_what_egress_refuses_does_not_leave(
     desk: Desk, asking: Asking, site_folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
