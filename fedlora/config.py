@@ -122,7 +122,7 @@ class FederationConfig(Section, section="federation"):
         1, "a round that fewer answer usably ends the run, which can be gone on with", at_least=1
     )
     join_deadline: float = setting(
-        300.0, "seconds until a run over a network begins with those who are there, if they are enough", above=0
+        600.0, "seconds until a run over a network begins with those who are there, if they are enough", above=0
     )
     round_deadline: float = setting(
         3600.0, "seconds until a round goes on without who has not answered", above=0

@@ -65,8 +65,8 @@ class Roster:
             missing = sorted(set(range(self.clients)) - self.nodes.keys())
             refused = sorted(set(self.kept_out.values()))
             told = f"; nodes answered {', '.join(refused)}" if refused else ""
-            there = f"{len(self.nodes)} of {self.clients} clients joined within {deadline:g} s"
-            joined = f"{there}, missing {_listed(missing)}"
+            limit = f" within {deadline:g} s" if time.monotonic() >= end else ""  # else all have said yes or no
+            joined = f"{len(self.nodes)} of {self.clients} clients joined{limit}, missing {_listed(missing)}"
             if len(self.nodes) < minimum:
                 raise FedloraError(
                     f"{joined}{told}. Start a SuperNode for each, with its own partition-id and its site's daemon, or "
