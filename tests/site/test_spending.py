@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from fedlora.federation import cohort
+from fedlora.federation import cohort, wire
 from fedlora.federation.cohort import Cohort
 from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.ledger import DataSet, Entry, Ledger
@@ -139,7 +139,8 @@ class Courier(RuleBasedStateMachine):
             assert fresh == []
             return
         if known is not None:
-            assert (question, answer) == (known.question, known.answer), "two answers for one charge"
+            assert _content(question) == _content(known.question), "another question has an answer, too"
+            assert answer == known.answer, "two answers for one charge"
             assert fresh == []
             return
         (row,) = fresh
@@ -175,6 +176,11 @@ class Courier(RuleBasedStateMachine):
             return look(ledger)
         finally:
             ledger.close()
+
+
+def _content(question: Request) -> tuple[object, ...]:
+    """Equal instructions may differ in their bytes: the metadata of a safetensors blob have no order."""
+    return question.client, dict(question.config), wire.decode_instruction(question.instruction).digest
 
 
 def played(folder: SiteFolder, asking: Asking, *, examples: int, steps: int) -> None:
