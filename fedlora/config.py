@@ -124,9 +124,7 @@ class FederationConfig(Section, section="federation"):
     join_deadline: float = setting(
         600.0, "seconds until a run over a network begins with those who are there, if they are enough", above=0
     )
-    round_deadline: float = setting(
-        3600.0, "seconds until a round goes on without who has not answered", above=0
-    )
+    round_deadline: float = setting(3600.0, "seconds until a round goes on without who has not answered", above=0)
     rejoin_deadline: float = setting(
         60.0, "seconds that rounds wait for a client that has gone away, its node or its site's daemon", at_least=0
     )

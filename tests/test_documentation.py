@@ -51,13 +51,13 @@ def test_the_readmes_commands_run_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As written, but for a tiny model and tiny data; Flower's engine and resuming have tests of their own."""
+    """As written, but for a tiny model and tiny data; Flower's engine, resuming and deployments have their own tests."""
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY, f"model.name='{tiny_model('bert')}'", "model.dtype=float32", "model.attention=eager"]
     done = []
     for words in commands(ROOT / "README.md"):
-        if "flower" in words or "--resume" in words:
+        if "flower" in words or "--resume" in words or words[0] in ("site", "watch", "bundle"):
             continue
         if words[0] == "audit":
             words = [*words, "--trials", "1000", "--canaries", "20"]

@@ -97,11 +97,13 @@ def _budgets(data_sets: list[Mapping[str, Any]]) -> Table:
 
     table = _table("data set", "task", right=("ε counted", "cap", "left", "δ"))
     for one in data_sets:
-        counted, cap = one["epsilon_counted"], float(one["max_epsilon"])
+        counted, most = one["epsilon_counted"], one["max_epsilon"]
+        cap = math.inf if most is None else float(most)
         spent, left = "unknown", "unknown"
         if counted is not None:
-            spent, left = shown_epsilon(counted), f"{math.floor(max(0.0, cap - counted) * 1e4) / 1e4:g}"
-        table.add_row(one_line(one["name"]), one_line(one["task"]), spent, f"{cap:g}", left, f"{one['max_delta']:g}")
+            spent, left = shown_epsilon(counted), f"{math.floor(max(0.0, cap - counted) * 1e4) / 1e4:g}" if most else ""
+        shown_cap = "no longer in the policy" if most is None else f"{cap:g}"
+        table.add_row(one_line(one["name"]), one_line(one["task"]), spent, shown_cap, left, f"{one['max_delta']:g}")
     return table
 
 

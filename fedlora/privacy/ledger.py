@@ -177,6 +177,11 @@ class Ledger:
         with self._file.transaction():
             return {index: Charge(q, sigma, steps) for index, q, sigma, steps in self._file.query(rows, (run,))}
 
+    def names(self) -> set[str]:
+        """Of all data sets that anything was ever charged to."""
+        with self._file.transaction():
+            return {name for (name,) in self._file.query("SELECT DISTINCT data_set FROM entry WHERE data_set <> ''")}
+
     def charges(self, data_set: DataSet) -> list[Charge]:
         """Everything ever charged to the data set, in equal blocks."""
         with self._file.transaction():

@@ -118,7 +118,7 @@ def _give_to_group(path: Path, group: str) -> None:
 def _listening_by_tls(desk: Desk, tls: TlsSection, slots: Slots) -> Iterator[Listener]:
     host, _, port = tls.address.rpartition(":")
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        loopback = ipaddress.IPv4Address(host).is_loopback
         number = int(port)
     except ValueError:
         loopback = False

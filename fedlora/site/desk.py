@@ -112,7 +112,7 @@ class Desk:
             policy = self._policy_now()
         except PolicyRefused:
             policy = self.policy
-        data_sets = [
+        data_sets: list[dict[str, Any]] = [
             {
                 "name": name,
                 "task": data.task,
@@ -121,6 +121,16 @@ class Desk:
                 "max_delta": data.max_delta,
             }
             for name, data in policy.data.items()
+        ]
+        data_sets += [
+            {
+                "name": name,
+                "task": "",
+                "epsilon_counted": self._counted(name, data_sets[0]["max_delta"]),
+                "max_epsilon": None,  # the policy does not name it; under another name its records may still count
+                "max_delta": data_sets[0]["max_delta"],
+            }
+            for name in sorted(self._names() - policy.data.keys())
         ]
         return {
             "fedlora_version": versions(("fedlora",))["fedlora"],
@@ -131,6 +141,12 @@ class Desk:
             ],
             "data_sets": data_sets,
         }
+
+    def _names(self) -> set[str]:
+        try:
+            return self._ledger.names()
+        except (LedgerUnavailable, LedgerBroken):
+            return set()
 
     def _counted(self, name: str, delta: float) -> float | None:
         """ε of all that was ever charged to the data set; None where its ledger cannot be read."""

@@ -52,7 +52,7 @@ class SiteMetrics(Collector):
         for name, help_text in _BUDGETS.items():
             family = GaugeMetricFamily(f"fedlora_site_{name}", help_text, labels=("data_set",))
             for data_set in facts["data_sets"]:
-                if data_set[name] is not None:  # the ledger cannot be read, which /health tells
+                if data_set[name] is not None:  # the ledger cannot be read, or the policy no longer names it
                     family.add_metric((data_set["name"],), data_set[name])
             yield family
 

@@ -335,3 +335,14 @@ def test_a_run_is_one_plan(asking: Asking, site_folder: SiteFolder, change: str)
         site_folder.write_policy()
         update_in(desk.answer(asking.round(2)))
     desk.close()
+
+
+def test_status_tells_of_what_was_spent_under_another_name(asking: Asking, site_folder: SiteFolder) -> None:
+    desk = Desk(site_folder.settings)
+    update_in(desk.answer(asking.round()))
+    site_folder.write_policy(("[data.ward]", "[data.clinic]"))
+    clinic, ward = desk.status()["data_sets"]
+    assert (clinic["name"], clinic["epsilon_counted"]) == ("clinic", 0)
+    assert (ward["name"], ward["max_epsilon"]) == ("ward", None)
+    assert 0 < ward["epsilon_counted"] < 6
+    desk.close()
