@@ -51,7 +51,7 @@ def test_the_readmes_commands_run_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As written, but for a tiny model and tiny data; Flower's engine, resuming and deployments have their own tests."""
+    """As written, but for a tiny model and tiny data; Flower's engine, resuming, deployments have tests of their own."""
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY, f"model.name='{tiny_model('bert')}'", "model.dtype=float32", "model.attention=eager"]
