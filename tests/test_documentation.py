@@ -51,7 +51,7 @@ def test_the_readmes_commands_run_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As written, but for a tiny model and tiny data; Flower's engine, resuming, deployments have tests of their own."""
+    """As written, but for a tiny model and tiny data; what needs Flower, a stop or a daemon has tests of its own."""
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY, f"model.name='{tiny_model('bert')}'", "model.dtype=float32", "model.attention=eager"]
