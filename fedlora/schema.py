@@ -115,6 +115,11 @@ def _hints(kind: type[Section]) -> dict[str, Any]:
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+def options_of(kind: type[Section], key: str) -> tuple[str, ...]:
+    """The names that `key`, which takes one of a fixed set, may have."""
+    return typing.get_args(_hints(kind)[key])  # type: ignore[arg-type]
+
+
 def build_section(kind: type[SectionType], table: Mapping[str, Any], name: str = "") -> SectionType:
     """A section from its table.
 

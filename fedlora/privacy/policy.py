@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from fedlora.config import RunConfig, Task
+from fedlora.config import AdapterConfig, EngineConfig, PrivacyConfig, RunConfig, Task
 from fedlora.errors import ConfigError, PolicyRefused
 from fedlora.privacy.ledger import Cap
 from fedlora.schema import (
     Section,
     build_section,
+    options_of,
     parse_settings,
     read_settings,
     require_known,
@@ -40,6 +41,13 @@ NO_FOLDER = ("hub", "generated")
 
 _TABLES = ("site", "tls", "limits", "allow", "models", "data")
 _PHASES = ("prototype", "warmup", "alignment", "bilevel", "finetune", "evaluation")
+_ALLOWABLE = {
+    "methods": options_of(AdapterConfig, "method"),
+    "mechanisms": options_of(PrivacyConfig, "mechanism"),
+    "noise": options_of(EngineConfig, "noise"),
+    "phases": _PHASES,
+}
+"""What a policy may name under [allow]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +98,9 @@ class Allow(Section, section="allow"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for phase in self.phases:
-            require_known(phase, _PHASES, "phase", f"allow.phases = {shown(phase)}")
+        for key, known in _ALLOWABLE.items():
+            for name in getattr(self, key):
+                require_known(name, known, key.removesuffix("s"), f"allow.{key} = {shown(name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

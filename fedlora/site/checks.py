@@ -11,8 +11,9 @@ from pathlib import Path
 
 from fedlora.config import RunConfig
 from fedlora.data.glue import Records, load_records
-from fedlora.errors import InputError, ModelError, PolicyRefused, PrivacyError
+from fedlora.errors import ConfigError, InputError, ModelError, PolicyRefused, PrivacyError
 from fedlora.models import locate_model
+from fedlora.monitoring.metrics import loopback_address
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.policy import NO_FOLDER, DataPolicy, SitePolicy, TlsSection
 from fedlora.randomness import PublicSeed
@@ -50,6 +51,8 @@ def check_site(settings: Path) -> Iterator[Finding]:
     if policy.tls is not None:
         yield check_tls(policy, policy.tls)
     yield check_daemon(policy)
+    if policy.site.metrics:
+        yield check_metrics(policy.site.metrics)
     yield from check_disk(policy, rehearsal.most_weights)
     yield check_clock(last_charge)
     yield check_offline(policy)
@@ -100,6 +103,15 @@ def check_weights(policy: SitePolicy, model: str) -> Finding:
         advice = f"fedlora bundle {model} OUT, and put its models/ into site.model_folder"
         return warning(check, f"in this user's hub cache, {source.folder}", advice)
     return good(check, f"{source.folder}, digest as in the policy")
+
+
+def check_metrics(address: str) -> Finding:
+    """Whether it is an address that metrics may have; a daemon that runs has it already."""
+    try:
+        loopback_address(address, "site.metrics")
+    except ConfigError as error:
+        return bad("metrics", str(error), "correct site.metrics, or leave it empty")
+    return warning("metrics", f"at {address} every user of this machine can read what is spent", "empty is safer")
 
 
 def check_ledger(policy: SitePolicy) -> tuple[Finding, str | None]:

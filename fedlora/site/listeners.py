@@ -168,7 +168,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if isinstance(error, ssl.SSLError):  # its reason is a name of OpenSSL's
             log.warning("a connection over TLS was refused: %s", error.reason or "it broke")
         else:
-            log.warning("a connection broke; an answer that was made is kept")
+            log.warning("a connection broke; if an answer had been made, it is kept")
 
 
 class LocalListener(Listener):

@@ -103,7 +103,8 @@ def _problems(path: Path, courier_group: int | None) -> Iterator[str]:
 def _folders(folders: Iterable[Path]) -> Finding:
     """Who can write to a folder above the policy or the ledger can put others in their place."""
     check = "folders above them"
-    for folder in sorted({above for place in folders for above in (place, *place.parents)}):
+    there = sorted(place for place in folders if place.is_dir())  # one that is missing has a row of its own
+    for folder in sorted({above for place in there for above in (place, *place.parents)}):
         status = folder.stat()
         foreign = status.st_uid not in (os.geteuid(), 0)
         writable = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
@@ -111,7 +112,7 @@ def _folders(folders: Iterable[Path]) -> Finding:
             return bad(check, f"{folder} belongs to {_user(status.st_uid)}", "move the site below a folder of its own")
         if writable:
             return bad(check, f"everybody can write to {folder} (mode {_mode(folder)})", f"chmod o-w {folder}")
-    own = sorted(folders)[0]
+    own = there[0]
     if own.stat().st_mode & stat.S_IWGRP:
         return warning(check, f"a group can write to {own} (mode {_mode(own)})", f"chmod g-w {own}")
     return good(check, "only this user and root can write to them")

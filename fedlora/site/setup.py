@@ -91,10 +91,13 @@ def set_up_site(folder: Path, site: NewSite) -> MadeSite:
             f"max_delta = {data.max_delta:g} is not below one over the number of records: at that δ one of them may "
             "be published; give a smaller --max-delta"
         )
-    new_folder = not folder.exists()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _make_ledger(folder / SiteSection().ledger)
-    _put(folder / POLICY, policy_text(name, data, model=model, model_digest=source.digest))
+    new_folder, text = not folder.exists(), policy_text(name, data, model=model, model_digest=source.digest)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_ledger(folder / SiteSection().ledger)
+        _put(folder / POLICY, text)
+    except OSError as error:
+        raise ConfigError(f"cannot make a site in {folder}: {error.strerror or error}; give another folder") from error
     return MadeSite(policy=SitePolicy.from_toml(folder / POLICY), new_folder=new_folder, delta_from=delta_from)
 
 

@@ -123,7 +123,7 @@ def test_a_run_that_nobody_is_at_work_on_says_how_to_go_on(tmp_path: Path, trans
     assert advice in text
     assert f"--resume '{folder.path}'" in text
     assert ("--policy FILE" in text) == (transport == "cohort"), "no ledger in the folder: it obeys a policy"
-    assert ("may be waiting for sites to join, for up to 5.0 min" in text) == (transport == "flower")
+    assert ("may be waiting for sites to join, for up to 10 min" in text) == (transport == "flower")
     assert "at least 1.25" in text, "a round that died is charged"
     folder.ledger_file.touch()
     assert "--policy" not in shown(read_run(folder.path, now=NOW))

@@ -532,3 +532,15 @@ def test_a_site_without_a_round_of_its_own_is_not_measured_by_the_noise_it_would
     hospital.write_policy(('source = "records"', 'source = "generated"'), ("most_clients = 1", "most_clients = 3"))
     few = ("federation.clients=3", "federation.participation=0.3", "federation.rounds=1", "model.head=frozen")
     assert hospital.ask(*few, "data.generated_records=240", "privacy.delta=1e-3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "near"), [("methods", "ffa"), ("mechanisms", "gaussian"), ("noise", "device"), ("phases", "finetune")]
+)
+def test_what_does_not_exist_cannot_be_allowed(hospital: Hospital, rule: str, near: str) -> None:
+    """A typing error would otherwise be found when the first run is refused."""
+    hospital.write_policy()
+    text = hospital.policy.read_text().replace('phases = ["prototype", "finetune"]', f'{rule} = ["{near}x"]')
+    hospital.policy.write_text(text)
+    with pytest.raises(PolicyRefused, match=rf"{rule}.*{near}"):
+        SitePolicy.from_toml(hospital.policy)

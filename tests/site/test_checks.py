@@ -494,3 +494,23 @@ def test_a_model_in_a_cache_of_the_hub_is_said(policy: SitePolicy, monkeypatch: 
     found = replace(locate_model(name), kind="hub")
     monkeypatch.setattr("fedlora.site.checks.locate_model", lambda _: found)
     assert check_weights(policy, name).mark == "warning"
+
+
+def test_a_missing_folder_of_the_ledger_is_one_row_among_all(
+    site_folder: SiteFolder, command: Callable[..., Said]
+) -> None:
+    site_folder.write_policy(('ledger = "ledger.sqlite"', 'ledger = "books/ledger.sqlite"'))
+    said = command(str(site_folder.settings))
+    assert said.code == 2
+    assert "there is no folder" in said.out
+    assert "packages" in said.out or "python" in said.out.lower(), "the rows after it are there"
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9464", "127.0.0.1:99999", "here"])
+def test_an_address_for_metrics_that_the_daemon_would_refuse_is_bad(
+    site_folder: SiteFolder, command: Callable[..., Said], address: str
+) -> None:
+    site_folder.write_policy(("token_budget = 4096", f'token_budget = 4096\nmetrics = "{address}"'))
+    said = command(str(site_folder.settings))
+    assert said.code == 2
+    assert "site.metrics" in said.out
