@@ -37,6 +37,8 @@ AT_ONCE = 5
 LIMIT = 3600.0
 ASK, LOOK = 30.0, 0.1
 MB = 1e6
+LEAST_FREE = 1e9
+"""Bytes of the machine's memory; with fewer left everything is ended."""
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
 """With fifty SuperNodes on one machine, looking for tasks ten times a second, as one on its own does, takes cores."""
 
@@ -100,6 +102,8 @@ def _watch(federation: Loopback, run: int, folder: RunFolder) -> list[Sizes]:
     server_app: psutil.Process | None = None
     while not folder.record_file.exists() and time.monotonic() < end:
         free = min(free, psutil.virtual_memory().available)
+        if free < LEAST_FREE:
+            raise FedloraError(f"only {free / MB:.0f} MB of memory are free; give fewer --sites")
         if len(folder.read_rounds()) > len(found):
             server_app = server_app or federation.superlink.processes("flwr-serverapp")[0]
             found.append(_sizes(federation, server_app, free))

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.deployed.contest import FEDLORA, FEDLORA_SECOND, QUICKSTART, Contest, Rounds
+from benchmarks.deployed.contest import FEDLORA, FEDLORA_SECOND, FLOOR_POLLING, QUICKSTART, Contest, Rounds
 from benchmarks.deployed.sites import copy_checkout, make_sites, start
 from benchmarks.deployed.timeline import PARTS
 from benchmarks.machine import describe_machine, load_average
@@ -62,7 +62,7 @@ def main() -> None:
         blocks = take_turns({name: _told(name, task) for name, task in contenders.items()}, options.blocks, ORDER)
     machine["load_average_after"] = load_average()
     facts: dict[str, Any] = {"machine": machine | {"threads": 1}, "sites": SITES, "config": config.to_mapping()}
-    facts["ways"] = {name: _way(found, blocks[FEDLORA]) for name, found in blocks.items()}
+    facts["ways"] = {name: _way(blocks, name) for name in blocks}
     markdown = _markdown(facts)
     print(markdown)
     save(options.out, "deployed_round", facts, markdown)
@@ -96,8 +96,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
 def _told(name: str, task: Callable[[], Rounds]) -> Callable[[], Rounds]:
     def told() -> Rounds:
         rounds = task()
-        print(name, [f"{one['overhead']:.2f}" for one in rounds], f"load {load_average()[0]}", flush=True)
-        return rounds
+        load = load_average()[0]
+        print(name, [f"{one['overhead']:.2f}" for one in rounds], f"load {load}", flush=True)
+        return [one | {"load": load} for one in rounds]
 
     return told
 
@@ -112,6 +113,7 @@ def _markdown(facts: dict[str, Any]) -> str:
         [PARTS[part], *(_median(ways[name], part) for name in (FEDLORA, FEDLORA_SECOND) if name in ways)]
         for part in ("waiting", "starting", "daemon", "training", "returning", "server")
     ]
+    load = Spread.of(one["load"] for way in ways.values() for one in way["rounds"])
     texts = [
         "# A deployed round, beside training",
         conditions(facts["machine"]),
@@ -120,12 +122,20 @@ def _markdown(facts: dict[str, Any]) -> str:
         f"{config['training']['expected_batch_size']} records, one thread for each process. "
         f"{len(ways[FEDLORA]['rounds'])} rounds each, in blocks that take turns; seconds, smallest / **median** / "
         "largest. A round lasts until the next one begins at the server; its overhead is that less the longest time "
-        "that any site trained in it.",
+        f"that any site trained in it. Load average after each turn: {load}.",
         table(["", "overhead", "round", "training", "overhead, times fedlora's"], rows),
     ]
     if QUICKSTART in ways:
         met = ways[QUICKSTART]["times_fedlora"]["median"] >= AIM
         texts.append(f"Aim, the quickstart's overhead at least {AIM:g} times fedlora's: {'met' if met else 'missed'}.")
+    if FLOOR_POLLING in ways:
+        beyond = [f"{name} {way['beyond_floor']}" for name, way in ways.items() if not name.startswith("floor")]
+        texts.append(
+            "The floors do nothing: an app that imports Flower alone and sends back what came, with FedAvg.start, with "
+            "messages looked for as often as fedlora's server does, and with a second message behind each, so that a "
+            "SuperNode finds something to do and does not sleep. That process then takes the time that the sleep took. "
+            f"Overhead beyond *{FLOOR_POLLING}* in the same turn, seconds: {'; '.join(beyond)}."
+        )
     texts += ["Where fedlora's rounds go, along the site that answered last; medians:"]
     texts += [table(["", *(name for name in (FEDLORA, FEDLORA_SECOND) if name in ways)], parts)]
     if QUICKSTART in ways:
@@ -135,15 +145,24 @@ def _markdown(facts: dict[str, Any]) -> str:
 
 
 def _median(way: Mapping[str, Any], part: str) -> str:
-    return f"{Spread.of(one[part] for one in way['rounds']).median:.2f}"
+    seen = [one[part] for one in way["rounds"] if part in one]
+    return f"{statistics.median(seen):.2f}" if seen else "not seen"
 
 
-def _way(found: Sequence[Rounds], fedlora: Sequence[Rounds]) -> dict[str, Any]:
-    """All rounds of a contender, and its overhead against fedlora's in the same turn."""
-    of_turn = [[statistics.median(one["overhead"] for one in block) for block in blocks] for blocks in (found, fedlora)]
-    slower = ratios(*of_turn)
-    rounds = [{key: round(value, 4) for key, value in one.items()} for block in found for one in block]
-    return {"rounds": rounds, "times_fedlora": slower.to_json(), "shown": str(slower)}
+def _way(blocks: Mapping[str, Sequence[Rounds]], name: str) -> dict[str, Any]:
+    """All rounds of a contender, and its overhead against fedlora's and the floor's in the same turn."""
+    own, fedlora = _of_turns(blocks[name]), _of_turns(blocks[FEDLORA])
+    slower, floor = ratios(own, fedlora), _of_turns(blocks.get(FLOOR_POLLING, blocks[name]))
+    return {
+        "rounds": [{key: round(value, 4) for key, value in one.items()} for block in blocks[name] for one in block],
+        "times_fedlora": slower.to_json(),
+        "shown": str(slower),
+        "beyond_floor": str(Spread.of(mine - least for mine, least in zip(own, floor, strict=True))),
+    }
+
+
+def _of_turns(blocks: Sequence[Rounds]) -> list[float]:
+    return [statistics.median(one["overhead"] for one in block) for block in blocks]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FEDLORA, FEDLORA_SECOND, QUICKSTART = "fedlora", "fedlora, 1 s", "Flower's quick
 FLOOR_STRATEGY, FLOOR_POLLING, FLOOR_AWAKE = "floor, FedAvg.start", "floor, own messages", "floor, kept awake"
 LIMIT = 600.0
 """Seconds for a block."""
-ASK, LOOK = 20.0, 0.005
+ASK, LOOK = 60.0, 0.1
 """Seconds between two looks: at what Flower says of a run, and at what the run does."""
 
 Rounds = list[dict[str, float]]
@@ -64,8 +64,9 @@ class Contest:
         before = [len(read_notes(site.notes)) for site in sites]
         config = self.config.with_overrides(f"run.seed={self.blocks}", f"federation.rounds={self.rounds + 1}")
         watch = RunWatch(RunFolder(out))
-        run = federation.submit({**config.to_flower(), "run.out": str(out)}, app=self.checkout)
-        follow(federation, run, watch.look)
+        with watch.watching():
+            run = federation.submit({**config.to_flower(), "run.out": str(out)}, app=self.checkout)
+            follow(federation, run, watch.folder.record_file.exists)
         notes = [read_notes(site.notes)[known:] for site, known in zip(sites, before, strict=True)]
         return watch.rounds(notes, count=self.rounds)
 

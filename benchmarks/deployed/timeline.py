@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,8 @@ PARTS = {
     "loading": "model, records",
 }
 """Of a round, along the client that answered last. fedlora's add up to the round."""
+LOOK = 0.003
+"""Seconds between two looks; the times themselves are those of the files."""
 
 
 @dataclass
@@ -34,8 +37,25 @@ class RunWatch:
     answered: dict[int, dict[int, float]] = field(default_factory=dict)
     """When each client's answer was on the server's disk, by round."""
 
-    def look(self) -> bool:
-        """Note what is new, before it is replaced by the next round's; whether the run has ended."""
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look on in a thread of its own: a round's answers are there for hundredths of a second."""
+        over = threading.Event()
+
+        def look_on() -> None:
+            while not over.wait(LOOK):
+                self._look()
+
+        thread = threading.Thread(target=look_on)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _look(self) -> None:
+        """Note what is new, before the next round's takes its place."""
         with suppress(FileNotFoundError):  # as it is replaced at this moment, or removed with the run's end
             begun = self.folder.last_asked()
             if begun >= 0 and begun not in self.asked:
@@ -44,7 +64,6 @@ class RunWatch:
                 index, client = map(int, path.stem.split("-"))
                 if client not in self.answered.setdefault(index, {}):
                     self.answered[index][client] = _written(path)
-        return self.folder.record_file.exists()
 
     def rounds(self, sites: Sequence[Sequence[Note]], *, count: int) -> list[dict[str, float]]:
         """Seconds of each of the first `count` rounds, whole, of the longest training in it, and of its parts.
@@ -57,8 +76,8 @@ class RunWatch:
 
     def _round(self, index: int, notes: Sequence[Note]) -> dict[str, float]:
         begun, over = self.asked[index], self.asked[index + 1]
-        last = max(self.answered[index], key=self.answered[index].__getitem__)
-        site, arrived = notes[last], self.answered[index][last]
+        site = max(notes, key=lambda note: note["answered"])
+        arrived = self.answered.get(index, {}).get(notes.index(site))
         training = site["ended"] - site["began"]
         longest = max(note["ended"] - note["began"] for note in notes)
         return {
@@ -69,8 +88,7 @@ class RunWatch:
             "starting": site["connected"] - site["process_started"],
             "daemon": site["answered"] - site["connected"] - training,
             "training": training,
-            "returning": arrived - site["answered"],
-            "server": over - arrived,
+            **({} if arrived is None else {"returning": arrived - site["answered"], "server": over - arrived}),
         }
 
 
