@@ -188,6 +188,10 @@ def _markdown(facts: dict[str, Any]) -> str:
     up, down = rounds[-1]["bytes_up"], rounds[-1]["bytes_down"]
     failed = sum(line["clients_failed"] for line in rounds)
     free = min(one["free"] for one in sizes)
+    by_round = [
+        [number, line["seconds"], *(f"{one[key] / MB:.1f}" for key in ("server_app", "superlink", "database"))]
+        for number, (line, one) in enumerate(zip(rounds, sizes, strict=True), start=1)
+    ]
     return "\n\n".join(
         [
             "# Many sites, one server",
@@ -196,11 +200,13 @@ def _markdown(facts: dict[str, Any]) -> str:
             f"server; {len(rounds)} rounds. MB after the first, the middle and the last round, the largest, and by how "
             "much a straight line through them rises in a round: through all, and through the second half.",
             table(["", "first", "middle", "last", "largest", "MB a round", "second half"], rows),
-            f"A round took {seconds.low:.1f} / **{seconds.median:.1f}** / {seconds.high:.1f} s, most of it for "
-            f"{federation['clients']} processes that start at the same time on these cores. Answers missing or not "
-            f"usable in all rounds together: {failed}. A round carries {up / MB:.2f} MB up, "
-            f"{down / MB:.2f} MB down. The SuperNodes took {facts['fleet_bytes'] / MB:.0f} MB before the first round; "
-            f"of the machine's memory never less than {free / MB:.0f} MB were free.",
+            f"A round starts {federation['clients']} couriers at the same time on these cores; it took "
+            f"{seconds.low:.1f} / **{seconds.median:.1f}** / {seconds.high:.1f} s. Answers missing or not usable in all "
+            f"rounds together: {failed}. A round carries {up / MB:.2f} MB up, {down / MB:.2f} MB down. The SuperNodes took "
+            f"{facts['fleet_bytes'] / MB:.0f} MB before the first round (resident, pages that they share counted for "
+            f"each); of the machine's memory never less than {free / MB:.0f} MB were free. The ServerApp evaluates "
+            f"after every {facts['config']['run']['evaluate_every']} rounds. Round by round:",
+            table(["round", "seconds", *(row[0] for row in rows)], by_round),
         ]
     )
 
