@@ -185,6 +185,7 @@ def _markdown(facts: dict[str, Any]) -> str:
         shown = [f"{value:.1f}" for value in (values[0], values[half], values[-1], max(values))]
         rows.append([name, *shown, f"{slope(values):+.2f}", f"{slope(values[half:]):+.2f}"])
     seconds = Spread.of(line["seconds"] for line in rounds)
+    took = f"{seconds.low:.1f} / **{seconds.median:.1f}** / {seconds.high:.1f} s"
     up, down = rounds[-1]["bytes_up"], rounds[-1]["bytes_down"]
     failed = sum(line["clients_failed"] for line in rounds)
     free = min(one["free"] for one in sizes)
@@ -200,9 +201,9 @@ def _markdown(facts: dict[str, Any]) -> str:
             f"server; {len(rounds)} rounds. MB after the first, the middle and the last round, the largest, and by how "
             "much a straight line through them rises in a round: through all, and through the second half.",
             table(["", "first", "middle", "last", "largest", "MB a round", "second half"], rows),
-            f"A round starts {federation['clients']} couriers at the same time on these cores; it took "
-            f"{seconds.low:.1f} / **{seconds.median:.1f}** / {seconds.high:.1f} s. Answers missing or not usable in all "
-            f"rounds together: {failed}. A round carries {up / MB:.2f} MB up, {down / MB:.2f} MB down. The SuperNodes took "
+            f"A round starts {federation['clients']} couriers at the same time on these cores; it took {took}. Answers "
+            f"missing or not usable in all rounds together: {failed}. A round carries {up / MB:.2f} MB up, "
+            f"{down / MB:.2f} MB down. The SuperNodes took "
             f"{facts['fleet_bytes'] / MB:.0f} MB before the first round (resident, pages that they share counted for "
             f"each); of the machine's memory never less than {free / MB:.0f} MB were free. The ServerApp evaluates "
             f"after every {facts['config']['run']['evaluate_every']} rounds. Round by round:",
