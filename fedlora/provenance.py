@@ -12,6 +12,12 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "peft", "opacus", "datasets", "numpy", "dp-accounting", "flwr", "safetensors")
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @functools.cache  # of the code that this process began with, whatever is written over it later
 def code_digest(root: Path = Path(__file__).parent) -> str:
     """SHA-256 over the package's own Python files, by relative path and content."""

@@ -8,7 +8,6 @@ selection.json, dam.png           which modules were chosen and by which scores,
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import math
@@ -19,13 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
+from fedlora.claims import claim, is_claimed
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, RunFolderError, RunInterrupted
-
-_LOOK_SECONDS = 0.1
-"""Longer than anybody needs to see whether a run is claimed."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +121,13 @@ class RunFolder:
             RunFolderError: another process has it.
         """
         with self.config_file.open("rb") as file:
-            claim(file, f"another process is at work on the run in {self.path}; wait for it, or stop it first")
+            refusal = f"another process is at work on the run in {self.path}; wait for it, or stop it first"
+            claim(file, RunFolderError(refusal))
             yield
 
     def is_claimed(self) -> bool:
         """Whether some process is at work on this run; False also where there is nothing to claim."""
-        try:
-            with self.config_file.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return is_claimed(self.config_file)
 
     @contextmanager
     def resumable(self, policy: Path | None = None) -> Iterator[None]:
@@ -281,23 +272,6 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         replace_file(self.record_file, (json.dumps(to_json(record), indent=2) + "\n").encode())
-
-
-def claim(file: IO[Any], refusal: str) -> None:
-    """Lock `file` for as long as it is open, so that a claim ends with its process, however that ends.
-
-    Raises:
-        RunFolderError: with `refusal`; another process has it.
-    """
-    end = time.monotonic() + _LOOK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                raise RunFolderError(refusal) from error
-        time.sleep(_LOOK_SECONDS / 10)  # somebody may be looking only, as `RunFolder.is_claimed` does
 
 
 def _unused(config: RunConfig) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedlora.errors import ModelError
+from fedlora.provenance import file_digest
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -69,10 +70,7 @@ class ModelSource:
         Raises:
             ModelError: the folder holds no weights.
         """
-        digests = {}
-        for path in self._weights:
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests = {path.name: file_digest(path) for path in self._weights}
         if len(digests) == 1:
             return next(iter(digests.values()))
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -9,13 +9,12 @@ tell processor time and memory of the process, in which a private batch's size s
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import TCPServer
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
 from fedlora.errors import ConfigError
+from fedlora.listening import BoundedThreads, loopback_address
 
 MOST_CONNECTIONS = 8
 PATIENCE = 10.0
@@ -96,11 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         """A log is for rounds, not for being looked at."""
 
 
-class _Server(ThreadingMixIn, TCPServer):
-    """A thread for each connection, up to a number; others are closed unheard.
-
-    No `HTTPServer`: that asks a name service for its own name.
-    """
+class _Server(BoundedThreads, TCPServer):
+    """No `HTTPServer`: that asks a name service for its own name."""
 
     allow_reuse_address = True
     daemon_threads, block_on_close = True, False
@@ -108,37 +105,7 @@ class _Server(ThreadingMixIn, TCPServer):
     def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Callable[[], str]) -> None:
         self.registry, self.health = registry, health
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        super().__init__((host, port), _Handler)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._slots.acquire(blocking=False)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+        super().__init__(threading.BoundedSemaphore(MOST_CONNECTIONS), (host, port), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.warning("a look at health or metrics was not answered")
-
-
-def loopback_address(address: str, key: str) -> tuple[str, int]:
-    """Host and port in `address`, which the setting `key` gives.
-
-    Raises:
-        ConfigError: it is no loopback address with a port.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        usable = ipaddress.ip_address(host).is_loopback and 0 <= int(port) < 65536
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(
-            f"{key} = {address}, wanted a loopback address and a port, such as 127.0.0.1:9464; "
-            "who watches from elsewhere comes through a tunnel or a proxy of the site's own"
-        )
-    return host, int(port)

@@ -25,7 +25,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.source import ModelSource, locate_model
-from fedlora.provenance import code_digest, versions
+from fedlora.provenance import code_digest, file_digest, versions
 from fedlora.schema import read_settings
 from fedlora.site.distributions import collect_wheels, needed_distributions, version_list
 
@@ -92,7 +92,7 @@ def pack(model: str, out: Path, *, name: str = "", wheels: bool = False, extras:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return Bundle(folder=out, model=name, model_digest=digest, digest=_sha256(out / MANIFEST))
+    return Bundle(folder=out, model=name, model_digest=digest, digest=file_digest(out / MANIFEST))
 
 
 def check_bundle(folder: Path) -> Bundle:
@@ -137,7 +137,7 @@ def _differences(folder: Path, told: Mapping[str, tuple[str, int]]) -> list[str]
         path
         for path, (digest, size) in told.items()
         if path in there
-        and (not _is_plain(there[path]) or there[path].stat().st_size != size or _sha256(there[path]) != digest)
+        and (not _is_plain(there[path]) or there[path].stat().st_size != size or file_digest(there[path]) != digest)
     ]
     found = {
         "missing": sorted(set(told) - set(there)),
@@ -217,12 +217,7 @@ def _instructions(facts: Mapping[str, Any]) -> str:
 
 def _contents(folder: Path) -> dict[str, dict[str, str | int]]:
     return {
-        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
+        path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "size": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from fedlora.claims import is_claimed
 from fedlora.config import RunConfig
-from fedlora.data.glue import Records, load_records
 from fedlora.errors import ConfigError, InputError, ModelError, PolicyRefused, PrivacyError
+from fedlora.federation.shelf import Shelf
+from fedlora.listening import loopback_address
 from fedlora.models import locate_model
-from fedlora.monitoring.metrics import loopback_address
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.policy import NO_FOLDER, DataPolicy, SitePolicy, TlsSection
-from fedlora.randomness import PublicSeed
+from fedlora.site.daemon import claim_file
 from fedlora.site.finding import Finding, bad, good, refused, warning
 from fedlora.site.machine import check_clock, check_disk, check_machine
 from fedlora.site.permissions import check_permissions, check_socket
@@ -64,7 +64,8 @@ def check_records(policy: SitePolicy, name: str, data: DataPolicy) -> Finding:
     check = f"records {name}"
     try:
         policy.data_set(data.task)
-        records = _records(policy, data)
+        config = RunConfig.from_mapping({"data": {"task": data.task}, "model": {"head": "frozen"}})
+        records = Shelf().records(policy.localised(config), "train")
         policy.check_size(data.task, len(records))
     except PolicyRefused as error:
         return refused(check, str(error), f"correct [data.{name}]")
@@ -74,17 +75,6 @@ def check_records(policy: SitePolicy, name: str, data: DataPolicy) -> Finding:
         return warning(check, "generated texts, which are nobody's", "name the folder of the site's own records")
     size = f"{len(records)} records" if data.public_size == "exact" else "records, whose number stays"
     return good(check, f"{data.task}: {size}; max_delta = {data.max_delta:g} is below one over their number")
-
-
-def _records(policy: SitePolicy, data: DataPolicy) -> Records:
-    config = policy.localised(RunConfig.from_mapping({"data": {"task": data.task}, "model": {"head": "frozen"}}))
-    return load_records(
-        data.task,
-        config.data.source,
-        "train",
-        generated_records=config.data.generated_records,
-        seed=PublicSeed.from_int(config.run.seed),
-    )
 
 
 def check_weights(policy: SitePolicy, model: str) -> Finding:
@@ -165,16 +155,9 @@ def check_tls(policy: SitePolicy, tls: TlsSection) -> Finding:
 
 
 def check_daemon(policy: SitePolicy) -> Finding:
-    """Whether one serves this ledger. It holds a lock for as long as it lives; a shared one is taken for an instant."""
-    path = policy.ledger.with_suffix(".daemon")
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return good("daemon", "one is running; memory and device are shared with it")
-    except OSError:
-        pass
-    return good("daemon", "none is running")
+    """Whether one serves this ledger."""
+    running = is_claimed(claim_file(policy))
+    return good("daemon", "one is running; memory and device are shared with it" if running else "none is running")
 
 
 def check_offline(policy: SitePolicy) -> Finding:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import grp
-import ipaddress
 import os
 import ssl
 import threading
@@ -12,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedlora.claims import claim
 from fedlora.errors import ConfigError
+from fedlora.listening import loopback_address
 from fedlora.privacy.policy import SitePolicy, TlsSection
 from fedlora.site.desk import Desk
 from fedlora.site.listeners import Listener, LocalListener, Slots, TlsListener
@@ -65,15 +65,16 @@ def _claimed(policy: SitePolicy) -> Iterator[None]:
     Raises:
         ConfigError: another has it.
     """
-    path = policy.ledger.with_suffix(".daemon")
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as file:  # who can read it can hold the claim
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another daemon serves the ledger {policy.ledger}; stop it first, or ask it: fedlora site status"
-            ) from error
+    refusal = f"another daemon serves the ledger {policy.ledger}; stop it first, or ask it: fedlora site status"
+    descriptor = os.open(claim_file(policy), os.O_RDWR | os.O_CREAT, 0o600)  # who can read it can hold the claim
+    with os.fdopen(descriptor, "w") as file:
+        claim(file, ConfigError(refusal))
         yield
+
+
+def claim_file(policy: SitePolicy) -> Path:
+    """Beside the ledger; claimed by the daemon that serves it."""
+    return policy.ledger.with_suffix(".daemon")
 
 
 @contextmanager
@@ -116,21 +117,14 @@ def _give_to_group(path: Path, group: str) -> None:
 
 @contextmanager
 def _listening_by_tls(desk: Desk, tls: TlsSection, slots: Slots) -> Iterator[Listener]:
-    host, _, port = tls.address.rpartition(":")
-    try:
-        loopback = ipaddress.IPv4Address(host).is_loopback
-        number = int(port)
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(f"tls.address = {tls.address}, wanted a loopback address and a port, such as 127.0.0.1:7443")
+    address = loopback_address(tls.address, "tls.address")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(desk.policy.beside(tls.certificate), desk.policy.beside(tls.key))
         context.load_verify_locations(desk.policy.beside(tls.couriers))
         context.verify_mode = ssl.CERT_REQUIRED
-        listener = TlsListener(desk, slots, (host, number), context)
+        listener = TlsListener(desk, slots, address, context)
     except OSError as error:  # ssl.SSLError among them
         raise ConfigError(
             f"[tls] in {desk.policy.path} cannot be used: {error.strerror or error}; "

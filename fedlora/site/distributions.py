@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from fedlora.errors import ConfigError
+from fedlora.provenance import file_digest
 
 _OWN = "fedlora"
 _LONGEST_REASON = 400
@@ -155,9 +156,7 @@ def _hashed_list(needed: Mapping[str, Distribution], folder: Path) -> str:
         path = wheels.get((name, Version(one.version)), folder)
         if path is folder:
             raise ConfigError(f"pip gave no wheel of {name} {one.version}; bundle without --wheels")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines += [f"{name}=={one.version} \\", f"    --hash=sha256:{digest}"]
+        lines += [f"{name}=={one.version} \\", f"    --hash=sha256:{file_digest(path)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedlora.errors import FedloraError
 from fedlora.federation.failures import failure_code, log_failure
+from fedlora.listening import BoundedThreads
 from fedlora.site.desk import Desk
 from fedlora.site.protocol import LARGEST_PAYLOAD, Answer, Request
 
@@ -37,14 +38,8 @@ class Slots:
     """What all listeners of a daemon share: how many connections there may be, and how much they may send together."""
 
     def __init__(self) -> None:
-        self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self.connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._bytes, self._lock = 0, threading.Lock()
-
-    def take(self) -> bool:
-        return self._connections.acquire(blocking=False)
-
-    def give_back(self) -> None:
-        self._connections.release()
 
     @contextmanager
     def payload(self) -> Iterator[Callable[[int], None]]:
@@ -104,8 +99,8 @@ class _Connection(socketserver.StreamRequestHandler):
         return Answer(facts=self.server.desk.status())
 
 
-class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A thread for each connection, up to a number; others are closed unheard."""
+class Listener(BoundedThreads, socketserver.TCPServer):
+    """Takes connections to a desk."""
 
     request_queue_size = MOST_CONNECTIONS
 
@@ -113,7 +108,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.desk, self.slots = desk, slots
         self._receiving: dict[socket.socket, float] = {}
         self._lock = threading.Lock()
-        super().__init__(address, _Connection)
+        super().__init__(slots.connections, address, _Connection)
 
     @contextmanager
     def receiving(self, line: socket.socket) -> Iterator[None]:
@@ -147,22 +142,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         _, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         return int(user)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self.slots.take()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # the system gives no thread for it
-            self.slots.give_back()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.give_back()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, ssl.SSLError):  # its reason is a name of OpenSSL's
@@ -182,6 +161,7 @@ class TlsListener(Listener):
 
     def __init__(self, desk: Desk, slots: Slots, address: Any, context: ssl.SSLContext) -> None:
         self._context = context
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(desk, slots, address)
 
     def get_request(self) -> tuple[socket.socket, Any]:

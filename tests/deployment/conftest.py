@@ -89,7 +89,8 @@ class Clocks:
 
     def of(self, host: str) -> dict[str, str]:
         """Variables of a process on `host`."""
-        return {"LD_PRELOAD": str(self.library), "FEDLORA_CLOCK_AHEAD": str(self.folder / host)}
+        ahead = self.folder.joinpath(host)
+        return {"LD_PRELOAD": str(self.library), "FEDLORA_CLOCK_AHEAD": str(ahead)}
 
 
 @pytest.fixture(scope="module")

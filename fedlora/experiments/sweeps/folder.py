@@ -14,8 +14,9 @@ from typing import Self
 
 import tomli_w
 
+from fedlora.claims import claim
 from fedlora.errors import ConfigError, RunFolderError
-from fedlora.experiments.run_folder import claim, replace_file
+from fedlora.experiments.run_folder import replace_file
 from fedlora.experiments.sweeps.sweep import Cell, Sweep
 from fedlora.experiments.sweeps.tuning_groups import replaced_trials
 from fedlora.schema import shown
@@ -44,7 +45,8 @@ class SweepFolder:
                 folder._check_same(sweep)
                 path.mkdir(parents=True, exist_ok=True)
                 file = opened.enter_context((path / ".claim").open("w"))
-                claim(file, f"another process runs the sweep in {path}; wait for it, or stop it first")
+                refusal = f"another process runs the sweep in {path}; wait for it, or stop it first"
+                claim(file, RunFolderError(refusal))
                 folder._check_same(sweep)  # again: another process may have made it meanwhile
                 replace_file(folder.sweep_file, tomli_w.dumps(sweep.to_mapping()).encode())
             except (OSError, ValueError) as error:  # ValueError: a name that no file can have

@@ -16,7 +16,8 @@ import fedlora
 from fedlora.config import RunConfig
 from fedlora.experiments.trackers.tracker import Tracker
 from fedlora.federation.schedule import make_schedule
-from fedlora.monitoring.metrics import Endpoint, loopback_address
+from fedlora.listening import loopback_address
+from fedlora.monitoring.metrics import Endpoint
 
 if TYPE_CHECKING:
     from fedlora.federation.server import RoundReport
