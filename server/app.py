@@ -65,13 +65,13 @@ def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progres
     """
     config, federation = workbench.config, workbench.config.federation
     folder.failure_file.unlink(missing_ok=True)  # of a submission before this one
+    roster = Roster(grid=grid, clients=federation.clients, ttl=federation.round_deadline)
     with folder.failing():
-        roster = Roster(grid=grid, clients=federation.clients, ttl=federation.round_deadline)
         roster.wait(federation.join_deadline, federation.minimum_clients)
-        transport = GridTransport(
-            roster=roster,
-            answers=RoundAnswers(folder.answers_folder),
-            round_deadline=federation.round_deadline,
-            rejoin_deadline=federation.rejoin_deadline,
-        )
-        run_server(config, folder, workbench, transport, (), progress)
+    transport = GridTransport(
+        roster=roster,
+        answers=RoundAnswers(folder.answers_folder),
+        round_deadline=federation.round_deadline,
+        rejoin_deadline=federation.rejoin_deadline,
+    )
+    run_server(config, folder, workbench, transport, (), progress)

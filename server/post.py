@@ -20,12 +20,10 @@ class Post(Generic[Subject]):
     grid: Grid
     _under_way: dict[str, Subject] = field(default_factory=dict)
 
-    def send(self, content: RecordDict, node: int, kind: str, about: Subject, *, ttl: float, group: str = "") -> bool:
-        """Whether Flower has taken the message; it takes none for a node that is gone."""
+    def send(self, content: RecordDict, node: int, kind: str, about: Subject, *, ttl: float, group: str = "") -> None:
+        """Post a message; Flower takes none for a node that is gone, and then nothing is under way."""
         message = Message(content, node, kind, ttl=ttl, group_id=group)
-        identifiers = [identifier for identifier in self.grid.push_messages([message]) if identifier]
-        self._under_way |= dict.fromkeys(identifiers, about)
-        return bool(identifiers)
+        self._under_way |= {identifier: about for identifier in self.grid.push_messages([message]) if identifier}
 
     def fetch(self) -> list[tuple[Subject, Message]]:
         """What has come back since, with what it was about."""

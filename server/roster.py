@@ -39,6 +39,8 @@ class Roster:
     refused: dict[int, str] = field(default_factory=dict)
     """The same by client, where it is no passing one."""
     online: frozenset[int] = frozenset()
+    begun: bool = False
+    """Whether the run has; who comes later can no longer end it."""
     _post: Post[int] = field(init=False)
     _due: dict[int, float] = field(default_factory=dict)
     _looked: float = -LOOK
@@ -73,12 +75,13 @@ class Roster:
                     f"lower federation.minimum_clients = {minimum}"
                 )
             log.warning("%s%s; the run begins without them", joined, told)
+        self.begun = True
 
     def look(self) -> None:
         """See who is online, ask those who are new, and enter who has answered. Does not wait.
 
         Raises:
-            FedloraError: as `wait`.
+            FedloraError: as `wait`, before the run has begun; afterwards such a node is kept out.
         """
         now = time.monotonic()
         if now - self._looked >= LOOK:
@@ -89,7 +92,13 @@ class Roster:
                     self._due[node] = now + ASK_AGAIN
                     self._post.send(RecordDict(), node, MessageType.QUERY, node, ttl=self.ttl)
         for node, reply in self._post.fetch():
-            self._enter(node, reply)
+            try:
+                self._enter(node, reply)
+            except FedloraError as error:
+                if not self.begun:
+                    raise
+                log.warning("a node that came late is kept out: %s", error)
+                self.kept_out[node], self._due[node] = "protocol", now + ASK_REFUSED_AGAIN
 
     def online_node(self, client: int) -> int | None:
         """The node of `client`, if it is there."""

@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, Message
 
 import clients.app
 import fedlora.experiments.simulate
+import server.roster
 import server.transport
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, RunFolderError
@@ -311,3 +312,25 @@ def test_a_client_that_moves_absurdly_far_is_not_used(guarded: Guarded) -> None:
 
     grid.tamper = blow_up
     assert [line["failures"] for line in rounds(run(config, grid))] == [{}, {"2": "outlier"}, {"2": "outlier"}]
+
+
+@pytest.mark.parametrize("kind", ["somebody else's partition-id", "other code"])
+def test_a_node_that_comes_late_and_does_not_fit_is_kept_out_and_the_run_goes_on(
+    guarded: Guarded, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start it would be a mistake to be put right; in the middle one node could end everybody's run."""
+    config, grid, sites = guarded
+    monkeypatch.setattr(server.roster, "LOOK", 0.0)
+
+    def intrude(client: int, answer: Message) -> Message:
+        if client == -99 and kind == "other code":
+            answer.content["enrolment"]["code_digest"] = "0" * 64  # type: ignore[index]
+        elif len(trained(grid)) == 3:
+            grid.contexts[1099] = grid.contexts[999]
+        return answer
+
+    grid.tamper = intrude
+    assert [line["clients_failed"] for line in rounds(run(config, grid))] == [0, 0, 0]
+    assert "a node that came late is kept out" in caplog.text
+    for site in sites:
+        assert site.charges == [row for index in range(3) for row in ((index, "reserved"), (None, "spent"))]
