@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,32 +30,14 @@ from deploy.certificates import Certificates, make_certificates
 from deploy.network import Wire
 from deploy.services import Service, quiet_environment
 from fedlora.errors import FedloraError
+from server.superlink import COMMAND_LIMIT, RunStatus, SuperLink
 
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTABLES = Path(sys.executable).parent
 CONNECTION = "loopback"
 """Name of the SuperLink in the `flwr` command's configuration."""
-COMMAND_LIMIT = 120.0
 NODE_ID_LINE, SERVING = "SuperNode ID: ", "serving"
 """What SuperNode and daemon log once they can be used."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunStatus:
-    """What the SuperLink says of a run: `flwr ls`, whose exit code and `flwr run`'s say nothing."""
-
-    status: str
-    """pending, starting, running, or finished:completed, finished:failed, finished:stopped."""
-    details: str
-    """Why it failed; the server app's exception, where it was one."""
-
-    @property
-    def finished(self) -> bool:
-        return self.status.startswith("finished")
-
-    @property
-    def completed(self) -> bool:
-        return self.status == "finished:completed"
 
 
 class Loopback:
@@ -92,7 +73,6 @@ class Loopback:
         self._cuttable = cuttable
         self._closing = ExitStack()
         self._registered: set[Path] = set()
-        self._submitted = 0
         self._write_connection()
 
     def __enter__(self) -> Self:
@@ -109,6 +89,10 @@ class Loopback:
     def environment(self) -> dict[str, str]:
         """For commands of whoever submits runs: `flwr …`, `python -m server.submit`."""
         return quiet_environment(EXECUTABLES, **self._more, FLWR_HOME=str(self.folder / "submitter"))
+
+    @property
+    def _seen_by_submitters(self) -> SuperLink:
+        return SuperLink(connection=CONNECTION, environment=self.environment)
 
     def start_superlink(self) -> None:
         self.superlink.start()
@@ -170,17 +154,10 @@ class Loopback:
             config: dotted keys of `[tool.flwr.app.config]` and their values.
             app: the folder to send; this checkout.
         """
-        self._submitted += 1
-        overrides = self.folder / "submitter" / f"run-{self._submitted}.toml"
-        overrides.write_text(tomli_w.dumps(_nested(config)))
-        chosen = ["--run-config", str(overrides)] if config else []
-        answer = json.loads(self.flwr("run", str(app), CONNECTION, "--format", "json", *chosen).stdout)
-        return int(answer["run-id"])
+        return self._seen_by_submitters.submit(config, app)
 
     def status(self, run: int) -> RunStatus:
-        answer = json.loads(self.flwr("ls", CONNECTION, "--run-id", str(run), "--format", "json").stdout)
-        (found,) = answer["runs"]
-        return RunStatus(status=found["status"], details=found.get("status-details", ""))
+        return self._seen_by_submitters.status(run)
 
     def wait(self, run: int, limit: float) -> RunStatus:
         """Until the run has finished, well or not.
@@ -271,12 +248,3 @@ def free_port() -> int:
 def _accepts(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"run.out": x}` as TOML's tables."""
-    tables: dict[str, Any] = {}
-    for key, value in dotted.items():
-        section, _, name = key.rpartition(".")
-        (tables.setdefault(section, {}) if section else tables)[name] = value
-    return tables

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from fedlora.errors import FedloraError
+from server.superlink import QUIET
 
 MARK = "FEDLORA_LOOPBACK"
 """Environment variable that every process of a service inherits, also those that leave its group and session."""
@@ -191,10 +192,7 @@ def quiet_environment(executables: Path, **more: str) -> dict[str, str]:
     return {
         **inherited,
         "PATH": os.pathsep.join([str(executables), inherited.get("PATH", os.defpath)]),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **QUIET,
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
         **more,

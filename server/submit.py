@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import tomli_w
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError
+from server.superlink import RunStatus, SuperLink
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-FLWR = Path(sys.executable).with_name("flwr")
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 POLL = 2.0
 """Seconds between two looks at the run."""
 OUTAGE = 300.0
 """Seconds that the SuperLink may be out of reach; it may be on its way back, and then knows how the run ended."""
 
 
-def submit(config: RunConfig, connection: str) -> int:
+def submit(config: RunConfig, superlink: SuperLink) -> int:
     """Start a run; its number at the SuperLink.
 
     Raises:
@@ -45,38 +38,29 @@ def submit(config: RunConfig, connection: str) -> int:
             f"--out {config.run.out or '(none)'}, wanted an absolute path: it is a folder on the SuperLink's host, "
             "whose working folder is not yours"
         )
-    tables: dict[str, dict[str, Any]] = {}
-    for dotted, value in config.to_flower().items():
-        section, _, key = dotted.partition(".")
-        tables.setdefault(section, {})[key] = value
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
-        file.write(tomli_w.dumps(tables))
-        file.flush()
-        answer = _flwr("run", str(CHECKOUT), connection, "--run-config", file.name)
-    return int(answer["run-id"])
+    return superlink.submit(config.to_flower(), CHECKOUT)
 
 
-def wait(run: int, connection: str) -> None:
+def wait(run: int, superlink: SuperLink) -> None:
     """Until the run has ended, saying where it stands.
 
     Raises:
         FedloraError: it failed, with Flower's words for it.
     """
-    status, seen = "", time.monotonic()
-    while not status.startswith("finished"):
-        time.sleep(POLL if status else 0.0)
-        told = status
+    found, seen = RunStatus(status="", details=""), time.monotonic()
+    while not found.finished:
+        time.sleep(POLL if found.status else 0.0)
+        told = found.status
         try:
-            (found,) = _flwr("ls", connection, "--run-id", str(run))["runs"]
-            status, seen = str(found["status"]), time.monotonic()
+            found, seen = superlink.status(run), time.monotonic()
         except FedloraError:
             if time.monotonic() - seen > OUTAGE:
                 raise
-            status = "out of reach"
-        if status != told:
-            print(f"run {run}: {status}", flush=True)
-    if status != "finished:completed":
-        raise FedloraError(f"run {run} is {status}: {found.get('status-details') or 'the SuperLink does not say why'}")
+            found = RunStatus(status="out of reach", details="")
+        if found.status != told:
+            print(f"run {run}: {found.status}", flush=True)
+    if not found.completed:
+        raise FedloraError(f"run {run} is {found.status}: {found.details or 'the SuperLink does not say why'}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
             config = RunConfig.from_toml(chosen.recipe, overrides)
         else:
             config = RunConfig.from_mapping({}, overrides)
-        wait(submit(config, chosen.connection), chosen.connection)
+        superlink = SuperLink(connection=chosen.connection)
+        wait(submit(config, superlink), superlink)
     except FedloraError as error:
         print(f"fedlora: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -101,24 +86,6 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     print(f"done; the run folder on the SuperLink's host: {chosen.out}")
     return 0
-
-
-def _flwr(*arguments: str) -> dict[str, Any]:
-    """What Flower's command says, as JSON.
-
-    Raises:
-        FedloraError: it fails; with its own words.
-    """
-    command = [str(FLWR), *arguments, "--format", "json"]
-    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, check=False)
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        answer = {}
-    if done.returncode or not isinstance(answer, dict) or answer.get("success") is False:
-        said = str(answer.get("error-message") or done.stderr or done.stdout).strip().splitlines()
-        raise FedloraError(f"flwr {arguments[0]} failed: {said[-1] if said else 'it says nothing'}")
-    return answer
 
 
 if __name__ == "__main__":

@@ -30,15 +30,10 @@ from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import Progress
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.sites import load_simulated_data, make_sites
+from server.superlink import QUIET
 
 # Nothing here calls home. Read when flwr and ray are imported, in this process and in theirs.
-os.environ |= {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+os.environ |= {**QUIET, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 
 import ray

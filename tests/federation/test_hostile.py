@@ -12,7 +12,7 @@ import pickle
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import clients.app
 from fedlora.config import SECTIONS, RunConfig
 from fedlora.engine.prototypes import prototype_head, prototype_layout
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ProtocolError
 from fedlora.federation import cohort, wire
 from fedlora.federation.failures import FAILURE_CODES
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
@@ -222,6 +222,15 @@ def pickles() -> list[bytes]:
     return [pickle.dumps(Evil()), pickle.dumps({"theta": [0.0] * 256}), buffer.getvalue()]
 
 
+def asks_for_another_run(data: bytes, asked: RoundInstruction) -> bool:
+    try:
+        other = wire.decode_instruction(data)
+    except ProtocolError:
+        return False
+    same_recipe = other.run_id != asked.run_id and other.run_id[:16] == asked.run_id[:16]
+    return same_recipe and replace(other, run_id=asked.run_id).digest == asked.digest
+
+
 def test_bytes_that_are_no_instruction(attacked: Node) -> None:
     good = wire.encode_instruction(attacked.instruction(1))
     header = 8 + int.from_bytes(good[:8], "little")
@@ -232,6 +241,8 @@ def test_bytes_that_are_no_instruction(attacked: Node) -> None:
         data = bytearray(good)
         data[position] ^= 1 << draw.randrange(8)
         flipped.append(bytes(data))
+    # The blob's order varies, so a bit may fall on the run's name behind the digest: the honest question of another run.
+    flipped = [data for data in flipped if not asks_for_another_run(data, attacked.instruction(1))]
     attacks = [*cut, *flipped, *random_bytes(40), *bombs(), *pickles(), good + b"x", good + good, b"x" + good]
     attacks += [good[:8] + good]
     assert attacked.refuses(packed(wire.encode_instruction(attacked.instruction(0)))) == "over", "its head is another"

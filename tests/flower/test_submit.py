@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from fedlora.config import RunConfig
-from server import submit
+from server import submit, superlink
 
 Script = Callable[..., Path]
 
@@ -37,7 +37,7 @@ cd {answers}; first=$(ls | sort -n | head -n 1); cat "$first"; [ -s "$first" ]; 
 """
         )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(submit, "FLWR", script)
+        monkeypatch.setattr(superlink, "FLWR", script)
         monkeypatch.setattr(submit, "POLL", 0.01)
         return script
 
