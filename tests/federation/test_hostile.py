@@ -241,7 +241,7 @@ def test_bytes_that_are_no_instruction(attacked: Node) -> None:
         data = bytearray(good)
         data[position] ^= 1 << draw.randrange(8)
         flipped.append(bytes(data))
-    # The blob's order varies, so a bit may fall on the run's name behind the digest: the honest question of another run.
+    # The blob's order varies, so a bit may fall on a run's name behind the digest: the honest question of another run.
     flipped = [data for data in flipped if not asks_for_another_run(data, attacked.instruction(1))]
     attacks = [*cut, *flipped, *random_bytes(40), *bombs(), *pickles(), good + b"x", good + good, b"x" + good]
     attacks += [good[:8] + good]
