@@ -9,7 +9,6 @@ costs (2 N T d r operations either way).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fedlora.adapters.methods.ffa import Places, check_places
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
+from fedlora.engine.lora_function import LoraFunction
 from fedlora.engine.per_record_attention import PerRecordAttention
 from fedlora.errors import ModelError
 from fedlora.models import Classifier
@@ -33,13 +33,24 @@ class ExpandedLoraLinear(Replacement):
         self.expanded: dict[str, Tensor] = {}  # slot suffix -> [N, *shape]; set for the duration of one forward
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.base(x)
         if not self.expanded:
-            return output
+            return self.base(x)  # type: ignore[no-any-return]
         rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [N, T, d_in]
+        return self._adapted(rows, self.expanded["B"]).view(*x.shape[:-1], -1)
+
+    def _adapted(self, rows: Tensor, leaf: Tensor) -> Tensor:
+        arguments = rows, leaf, self.base.weight, self.base.bias, self.factor, self.scale
+        output, _ = LoraFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        return output  # type: ignore[no-any-return]
+
+
+class PlainLoraLinear(ExpandedLoraLinear):
+    """The same by torch's own differentiation: for `torch.func.vmap`, and what the other is tested against."""
+
+    def _adapted(self, rows: Tensor, leaf: Tensor) -> Tensor:
         inner = rows @ self.factor.T  # type: ignore[operator]
-        leaf = self.expanded["B"].to(inner.dtype).transpose(1, 2)
-        return torch.baddbmm(output.reshape(*inner.shape[:2], -1), inner, leaf, alpha=self.scale).view_as(output)
+        own = leaf.to(inner.dtype).transpose(1, 2)
+        return torch.baddbmm(self.base(rows), inner, own, alpha=self.scale)
 
 
 class ExpandedLinear(Replacement):
@@ -88,18 +99,22 @@ class ExpandedBackend:
         self.classifier, self.layout = classifier, layout
         self.slot_sizes = tuple(slot.size for slot in layout.slots)
         linears = classifier.target_modules(paths)
-        adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {
-            path: ExpandedLoraLinear(linears[path], factors[name], layout.scale)
-            for name, own in places.items()
-            for path in own
-        }
+        apart = _attentions_to_separate(classifier, paths)
+        adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
+        for name, own in places.items():
+            for path in own:
+                kind = PlainLoraLinear if path.startswith(apart) else ExpandedLoraLinear
+                adapted[path] = kind(linears[path], factors[name], layout.scale)
         trained = {slot.name.rpartition("/")[0] for slot in layout.slots}
         for path, module in classifier.head_modules().items():
             if f"head:{path}" in trained:
                 adapted[f"head:{path}"] = ExpandedLinear(module)
         for path, replacement in adapted.items():
             self._attachment.replace(path, replacement.base, replacement)
-        _separate_shared_inputs(classifier, adapted, self._attachment)
+        for prefix in apart:
+            inside = [module for path, module in adapted.items() if path.startswith(prefix)]
+            attention = classifier.backbone.get_submodule(prefix.removesuffix("."))
+            self._attachment.replace(prefix.removesuffix("."), attention, PerRecordAttention(attention, inside))
         bases = [(name, suffix) for name, _, suffix in (slot.name.rpartition("/") for slot in layout.slots)]
         self._users = [([adapted[path] for path in places.get(name, (name,))], suffix) for name, suffix in bases]
 
@@ -134,13 +149,10 @@ def _copies(rows: Tensor, owner: Tensor) -> Tensor:
     return rows.expand(len(owner), *rows.shape[1:]) if len(rows) == 1 else rows[owner]
 
 
-def _separate_shared_inputs(classifier: Classifier, adapted: Mapping[str, Any], attachment: Attachment) -> None:
-    """Where an adapted linear also sees what all records share, run its attention record by record."""
-    shared = classifier.shared_input_modules() & set(adapted)
-    for attention in {path.rpartition(".")[0] for path in shared}:
-        inside = [module for path, module in adapted.items() if path.startswith(f"{attention}.")]
-        base = classifier.backbone.get_submodule(attention)
-        attachment.replace(attention, base, PerRecordAttention(base, inside))
+def _attentions_to_separate(classifier: Classifier, paths: Iterable[str]) -> tuple[str, ...]:
+    """Where an adapted linear also sees what all records share, its attention runs record by record; paths with dot."""
+    shared = classifier.shared_input_modules() & set(paths)
+    return tuple({f"{path.rpartition('.')[0]}.": None for path in sorted(shared)})
 
 
 def refuse_shared_inputs(classifier: Classifier, modules: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ The shared input has batch size 1, so it has no row for a record's own leaf. Run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Adapted(Protocol):
 class PerRecordAttention(nn.Module):
     """DeBERTa's disentangled self-attention `base`, record by record in one vectorised call."""
 
-    def __init__(self, base: nn.Module, adapted: list[Adapted]) -> None:
+    def __init__(self, base: nn.Module, adapted: Sequence[Adapted]) -> None:
         super().__init__()
         self.base = base
         self._adapted = adapted
