@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ModelError
-from fedlora.models import Classifier, load_classifier, locate_model, source
+from fedlora.models import Classifier, families, load_classifier, locate_model, source
 from fedlora.models.source import ModelSource
 from fedlora.randomness import PublicSeed
 
@@ -392,6 +392,66 @@ def test_replaced_modules_are_called_and_the_originals_remembered(tiny_model, po
     classifier(tokens(classifier))
     assert calls == [path, f"head:{head}"]
     assert classifier.target_modules(["query"])[path] is original
+
+
+# ------------------------------------------------------------------------------------- without the blocks below some
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("pooling", ["auto", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_from_the_states_before_a_block_are_the_same(tiny_model, family, pooling, block):
+    classifier = load(tiny_model(family), pooling=pooling)
+    batch = tokens(classifier)
+    states = classifier.states_before(block, batch)
+    ran = []
+    for module in classifier.backbone.get_submodule(families.FAMILIES[family].blocks):
+        module.register_forward_hook(lambda *_: ran.append(1))
+    plain = classifier(batch)
+    ran.clear()
+    assert torch.equal(classifier(batch | {classifier.states_key(block): states}), plain)
+    assert len(ran) == 2 - block
+    assert not torch.equal(classifier(batch | {classifier.states_key(block): states.flip(0)}), plain)
+
+
+def test_blocks_are_back_in_their_places_even_after_an_error(tiny_model):
+    classifier = load(tiny_model("bert"), pooling="mean")
+    batch = tokens(classifier)
+    before = list(classifier.named_modules())
+    states = classifier.states_before(1, batch)
+    with pytest.raises(RuntimeError):
+        classifier(batch | {classifier.states_key(1): states[:, :, :3]})
+    with pytest.raises(IndexError):
+        classifier.states_before(1, batch | {"input_ids": batch["input_ids"] + 10_000})
+    after = list(classifier.named_modules())
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(one is other for (_, one), (_, other) in zip(before, after, strict=True))
+    assert not any(block._forward_hooks for block in classifier.backbone.encoder.layer)
+
+
+@pytest.mark.parametrize(("family", "block"), [("bert", 0), ("bert", 3), ("unheard-of", 1)])
+def test_states_are_asked_for_before_a_block_that_there_is(tiny_model, family, block):
+    classifier = load(tiny_model("bert"))
+    classifier.family = family
+    with pytest.raises(ModelError, match=f"before block {block} of"):
+        classifier.states_before(block, tokens(classifier))
+
+
+@pytest.mark.parametrize(
+    ("family", "paths", "below"),
+    [
+        ("bert", ["encoder.layer.4.output.dense", "encoder.layer.11.attention.self.query"], 4),
+        ("distilbert", ["transformer.layer.2.ffn.lin1"], 2),
+        ("llama", ["layers.10.mlp.up_proj", "layers.3.mlp.up_proj"], 3),
+        ("llama", ["layers.0.mlp.up_proj"], 0),
+        ("bert", ["encoder.layer.4.output.dense", "pooler.dense"], 0),
+        ("electra", ["encoder.layer.1.output.dense", "embeddings_project"], 0),
+        ("unheard-of", ["encoder.layer.4.output.dense"], 0),
+        ("bert", [], 0),
+    ],
+)
+def test_blocks_below_the_lowest_of_some_modules(family, paths, below):
+    assert families.blocks_below(paths, family) == below
 
 
 # ----------------------------------------------------------------------------------------------------- real models

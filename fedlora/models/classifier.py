@@ -8,7 +8,8 @@ float32 at once, so pooling, normalisation, heads and logits are float32 always.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ModelError
-from fedlora.models.families import is_decoder, select_linears, shared_input_paths
+from fedlora.models.families import FAMILIES, is_decoder, select_linears, shared_input_paths
 from fedlora.models.loading import load_network, load_tokenizer
 from fedlora.models.source import ModelSource, Pooling, locate_model
 from fedlora.randomness import PublicSeed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_PREFIX = "head:"
+_STATES_BEFORE = "states before block "
 _INITIAL_STD = 0.02  # where a config names no initializer_range
 
 
@@ -40,6 +42,18 @@ class PooledHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:  # [N, h] -> [N, C]
         logits: Tensor = self.linear(nn.functional.normalize(pooled, dim=-1) if self.normalise else pooled)
         return logits
+
+
+class _HandsOn(nn.Module):
+    """Stands in the place of a transformer block: hands on `states`, or what it is given."""
+
+    def __init__(self, *, in_pairs: bool, states: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_pairs, self.states = in_pairs, states
+
+    def forward(self, given: Tensor, *_rest: Any, **_named: Any) -> Tensor | tuple[Tensor, None]:
+        states = given if self.states is None else self.states
+        return (states, None) if self.in_pairs else states
 
 
 class Classifier(nn.Module):
@@ -101,10 +115,39 @@ class Classifier(nn.Module):
 
         Args:
             batch: `input_ids` and `attention_mask`, [N, T] int64; `token_type_ids` too, ignored by models without.
+                With hidden states of `states_before` [N, T, h] under `states_key`, the blocks below are left out;
+                what they hold where nothing is attended to does not matter, as long as it is finite.
         """
-        if self.head is not None:
-            return cast(Tensor, self.head(self._pooled(batch)))
-        return cast(Tensor, self.network(**self._known(batch)).logits)
+        with self._stand_ins(self._skipped(batch)):
+            if self.head is not None:
+                return cast(Tensor, self.head(self._pooled(batch)))
+            return cast(Tensor, self.network(**self._known(batch)).logits)
+
+    @torch.no_grad()
+    def states_before(self, block: int, batch: dict[str, Tensor]) -> Tensor:
+        """What `block`, 1 or more, is given for `batch`: hidden states [N, T, h] in the base's dtype.
+
+        Constant for a record as long as nothing below is adapted.
+
+        Raises:
+            ModelError: the family's blocks are not known, or there are not as many.
+        """
+        blocks = self._blocks()
+        if not 0 < block <= len(blocks):
+            raise ModelError(f"no hidden states before block {block} of {len(blocks)}; wanted 1 to {len(blocks)}")
+        seen: list[Any] = []
+        hook = blocks[block - 1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        try:
+            with self._stand_ins(dict.fromkeys(range(block, len(blocks)), self._hands_on())):
+                self.backbone(**self._known(batch))
+        finally:
+            hook.remove()
+        return cast(Tensor, seen[0][0] if FAMILIES[self.family].blocks_return_pairs else seen[0])
+
+    @staticmethod
+    def states_key(block: int) -> str:
+        """Under which `forward` finds the hidden states before `block` in a batch."""
+        return f"{_STATES_BEFORE}{block}"
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooled embeddings [N, h] float32 of L2 norm 1.
@@ -166,6 +209,38 @@ class Classifier(nn.Module):
         if path.startswith(HEAD_PREFIX):
             owner, path = self.head or self.network, path.removeprefix(HEAD_PREFIX)
         owner.set_submodule(path, module)
+
+    def _blocks(self) -> nn.ModuleList:
+        known = FAMILIES.get(self.family)
+        return cast(nn.ModuleList, self.backbone.get_submodule(known.blocks)) if known else nn.ModuleList()
+
+    def _hands_on(self, states: Tensor | None = None) -> _HandsOn:
+        return _HandsOn(in_pairs=FAMILIES[self.family].blocks_return_pairs, states=states)
+
+    def _skipped(self, batch: Mapping[str, Tensor]) -> dict[int, _HandsOn]:
+        """Stand-ins for the blocks below those states that `batch` brings."""
+        for name, states in batch.items():
+            if name.startswith(_STATES_BEFORE):
+                last = int(name.removeprefix(_STATES_BEFORE)) - 1
+                return {**dict.fromkeys(range(last), self._hands_on()), last: self._hands_on(states)}
+        return {}
+
+    @contextmanager
+    def _stand_ins(self, stand_ins: Mapping[int, nn.Module]) -> Iterator[None]:
+        """For the duration, put modules in the places of blocks.
+
+        Embeddings, masks and positions are still made by the model's own code, which is each family's own; and the
+        others stay in their places, since some depend on them.
+        """
+        blocks = self._blocks() if stand_ins else nn.ModuleList()
+        originals = {place: blocks[place] for place in stand_ins}
+        try:
+            for place, module in stand_ins.items():
+                blocks[place] = module
+            yield
+        finally:
+            for place, module in originals.items():
+                blocks[place] = module
 
     def _known(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in self._inputs if name in batch}

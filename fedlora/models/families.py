@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,6 +26,7 @@ class Family:
         fused: a linear that computes several canonical types at once -> the types it stands for.
         shared_input: linears of a block that are also, or only, called on something that all samples share (relative
             position embeddings, batch size 1), and the config flag that makes them so, "" for always.
+        blocks_return_pairs: whether a block returns hidden states and attention weights, and not the states alone.
     """
 
     blocks: str
@@ -33,6 +34,7 @@ class Family:
     decoder: bool = False
     fused: Mapping[str, Sequence[str]] | None = None
     shared_input: Mapping[str, str] | None = None
+    blocks_return_pairs: bool = False
 
 
 _BERT_REST = {"attention_output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
@@ -56,6 +58,7 @@ _DEBERTA = Family(
     _BERT_REST,
     fused={"attention.self.in_proj": ("query", "key", "value")},
     shared_input={"attention.self.pos_proj": "", "attention.self.pos_q_proj": ""},
+    blocks_return_pairs=True,
 )
 _DEBERTA_V2 = Family(
     "encoder.layer",
@@ -71,6 +74,7 @@ _DEBERTA_V2 = Family(
         "attention.self.pos_key_proj": "",
         "attention.self.pos_query_proj": "",
     },
+    blocks_return_pairs=True,
 )
 _LLAMA = Family(
     "layers",
@@ -149,6 +153,18 @@ def block_position(path: str, family: str) -> tuple[int, str]:
     inner = ".".join(path.split(".")[place + 1 :])
     names = {inside: kind for kind, inside in known.types.items()} if known else {}
     return int(number), names.get(inner, inner)
+
+
+def blocks_below(paths: Iterable[str], family: str) -> int:
+    """How many blocks come before the first that any of `paths` lies in.
+
+    0 where nothing certain can be said: no paths, one outside the blocks, or a family whose blocks are not known.
+    """
+    known = FAMILIES.get(family)
+    if known is None:
+        return 0
+    first = (block_position(path, family)[0] if _inside_block(path, known.blocks) else 0 for path in paths)
+    return min(first, default=0)
 
 
 def _matching(paths: Sequence[str], family: str, entry: str) -> list[str]:
