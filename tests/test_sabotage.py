@@ -137,10 +137,10 @@ LIES = {
     ),
     "an empty batch is skipped": Lie(
         file="fedlora/engine/training.py",
-        sound="    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)\n",
+        sound="    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)\n",
         planted=(
             "    if not sum(map(len, drawn)):\n        return list(torch.zeros_like(rows))\n"
-            "    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)\n"
+            "    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)\n"
         ),
         checks=(_TRAINING,),
     ),

@@ -3,19 +3,23 @@
 Public records are cut for speed. Private ones are cut so that no record can tell in another's gradient: matrix kernels
 choose their order of summation by shape, so a record that lengthens or fills a micro-batch changes the rounding of all
 others in it. On MiniLM in bfloat16 that moved the clipped sum of the *others* by up to 3.5 % of the clip norm, and by
-several clip norms under a hostile adapter; per-record clipping then bounds nothing. In shapes that depend on a record's
-own length alone, its gradient is the same to the last bit whatever its company (`engine.company` checks this on the
-machine at hand).
+several clip norms under a hostile adapter; per-record clipping then bounds nothing. So a record's columns depend on its
+own length alone, and its rows are a public number, or a smaller one that was seen on the machine at hand to give every
+record the same bits (`engine.company`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-_COLUMNS = 8
+# Columns: multiples of 8, from 32 on two to an octave. Few shapes, so that a compiler or a probe meets each of them
+# often, and no more than a third of a long record's row is padding.
+_COLUMNS = (8, 16, 24, 32, *(columns << octave for octave in range(16) for columns in (48, 64)))
+_FEWEST_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,90 @@ class FixedShape:
     columns: int
 
 
-def fixed_shapes(lengths: np.ndarray, token_budget: int, longest: int) -> Iterator[FixedShape]:
-    """Cut records of `lengths` [N] into micro-batches whose shape no other record decides; nothing for N = 0.
+RowCounts = Callable[[int], Sequence[int]]
+"""From columns to the numbers of rows that a micro-batch may have, ascending, at least 2."""
 
-    Columns are the length rounded up, but not beyond `longest`, which is what the model can take and no record's doing;
-    rows are what fits into `token_budget` tokens of such a width, at least two. One row always stays a dummy:
+
+def most_rows(columns: int, token_budget: int) -> int:
+    """What fits into `token_budget` tokens, at least two: one row always stays a dummy.
+
     transformers leaves out an attention mask that masks nothing, which takes another kernel.
     """
-    widths = np.minimum(np.maximum(-(-lengths // _COLUMNS), 1) * _COLUMNS, longest)
-    for width in np.unique(widths)[::-1].tolist():  # longest first: the first one shows whether memory suffices
-        positions = np.flatnonzero(widths == width)
-        rows = max(2, token_budget // width)
-        for start in range(0, len(positions), rows - 1):
+    return max(_FEWEST_ROWS, token_budget // columns)
+
+
+def columns_of(lengths: np.ndarray, longest: int) -> np.ndarray:
+    """Columns that records of `lengths` [N] take; at most `longest`, what the model can take and no record's doing."""
+    ladder = np.array(_COLUMNS)
+    columns: np.ndarray = ladder[np.searchsorted(ladder, np.maximum(lengths, 1))]
+    return np.minimum(columns, longest)
+
+
+def fixed_shapes(
+    lengths: np.ndarray, token_budget: int, longest: int, row_counts: RowCounts | None = None
+) -> Iterator[FixedShape]:
+    """Cut records of `lengths` [N] into micro-batches whose shape no other record decides; nothing for N = 0.
+
+    Args:
+        lengths: tokens of each record.
+        token_budget: padded tokens of a micro-batch.
+        longest: tokens that the model can take.
+        row_counts: what rows may be chosen from; the most that fit by default. What is left of a width takes the
+            smallest number that holds it.
+    """
+    columns = columns_of(lengths, longest)
+    for width in np.unique(columns)[::-1].tolist():  # longest first: the first one shows whether memory suffices
+        positions = np.flatnonzero(columns == width)
+        counts = row_counts(width) if row_counts is not None else (most_rows(width, token_budget),)
+        start = 0
+        while start < len(positions):
+            rows = next((count for count in counts if count > len(positions) - start), counts[-1])
             yield FixedShape(positions[start : start + rows - 1], rows, width)
+            start += rows - 1
+
+
+AgreeingRows = Callable[[int, Sequence[int], int], Sequence[int]]
+"""From columns, numbers of rows (ascending) and clients to those numbers whose micro-batches were seen to give each
+record the bits that the largest gives; none of them where even that lets a record tell in another's gradient."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """How a run's private records are cut. What is found out about the machine is remembered with it."""
+
+    token_budget: int
+    agreeing: AgreeingRows | None = field(default=None, repr=False)
+    """None: nothing is known, so all micro-batches of a width have as many rows as fit."""
+    _known: dict[tuple[int, int, bool], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def cut(
+        self, lengths: np.ndarray, longest: int, *, clients: int = 1, expected: float = math.inf
+    ) -> Iterator[FixedShape]:
+        """Micro-batches of one step's records.
+
+        Args:
+            lengths: tokens of each record, [N].
+            longest: tokens that the model can take.
+            clients: K, whose records these are.
+            expected: number of records in such a step, a public one: more rows than that would stay empty.
+        """
+        yield from fixed_shapes(
+            lengths, self.token_budget, longest, lambda columns: self.row_counts(columns, clients, expected)
+        )
+
+    def row_counts(self, columns: int, clients: int, expected: float) -> tuple[int, ...]:
+        """Numbers of rows that micro-batches of `columns` may have, ascending; see `cut`."""
+        most = most_rows(columns, self.token_budget)
+        if expected + 1 < most:
+            most = max(_FEWEST_ROWS, math.ceil(expected) + 1)
+        if self.agreeing is None:
+            return (most,)
+        key = (columns, most, clients == 1)
+        if key not in self._known:
+            fewer = [count for count in (2**power for power in range(1, 32)) if count < most]
+            # Where even full micro-batches let records influence one another, each record has one of its own.
+            self._known[key] = tuple(self.agreeing(columns, (*fewer, most), clients)) or (_FEWEST_ROWS,)
+        return self._known[key]
 
 
 def microbatches(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
+from fedlora.engine.batching import Shapes
 from fedlora.engine.sums import clipped_sums
 from fedlora.engine.training import make_optimizer
 from fedlora.errors import AdapterError, PrivacyError
@@ -104,7 +105,7 @@ def alignment_sums(
     directions: Tensor,
     gated: GatedSlots,
     phase: PhasePlan,
-    token_budget: int,
+    shapes: Shapes,
 ) -> Tensor:
     """How far each module, moved along its direction from `start`, would lower the loss: [K, M], private until noised.
 
@@ -112,7 +113,7 @@ def alignment_sums(
     search whose weights have taken one step along U.
 
     Args:
-        backend, dataset, token_budget: as in `clipped_sums`.
+        backend, dataset, shapes: as in `clipped_sums`.
         records: positions of each client's records, as drawn.
         start: [P] float32, where gradients are taken: B = 0, and a trained head as it is by now.
         directions: [P] float32, of `GatedSlots.directions`; released, thus public.
@@ -126,7 +127,7 @@ def alignment_sums(
         records,
         start.repeat(len(records), 1),
         phase,
-        token_budget=token_budget,
+        shapes=shapes,
         vectors=lambda gradients, owner: [-gated.products(gradients, toward, owner)],
         width=len(gated.places),
     )
@@ -167,7 +168,7 @@ def search(
     learning_rate: float,
     gate_learning_rate: float,
     training: TrainingConfig,
-    token_budget: int,
+    shapes: Shapes,
 ) -> list[Tensor]:
     """Weights and gates in turn, one private step each, `num_steps` times; first order (DARTS without unrolling).
 
@@ -175,7 +176,7 @@ def search(
     plain steps: sums of noised gradients keep their order, which an optimiser that rescales coordinates would not.
 
     Args:
-        backend, dataset, token_budget: as in `clipped_sums`.
+        backend, dataset, shapes: as in `clipped_sums`.
         jobs: one per client.
         theta: [P] float32, common start of the weights.
         logits: [M] float32, common start of the gates.
@@ -206,7 +207,8 @@ def search(
             drawn,
             gated.scaled(rows, gates),
             phase,
-            token_budget=token_budget,
+            shapes=shapes,
+            expected=len(jobs) * batch_size,
             vectors=lambda gradients, owner: gated.weighted(gradients, gates, owner),
         )
 
@@ -219,7 +221,8 @@ def search(
             drawn,
             gated.scaled(rows, gates),
             gate_phase,
-            token_budget=token_budget,
+            shapes=shapes,
+            expected=len(jobs) * batch_size,
             vectors=lambda gradients, owner: [gated.products(gradients, rows.detach(), owner) * slopes[owner]],
             width=logits.numel(),
         )

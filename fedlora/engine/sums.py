@@ -6,6 +6,7 @@ still: `PhasePlan.privatize` makes it fit to leave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import FixedShape, fixed_shapes
+from fedlora.engine.batching import FixedShape, Shapes
 from fedlora.privacy.plan import PhasePlan
 
 Vectors = Callable[[list[Tensor], Tensor], Sequence[Tensor]]
@@ -31,7 +32,8 @@ def clipped_sums(
     rows: Tensor,
     phase: PhasePlan,
     *,
-    token_budget: int,
+    shapes: Shapes,
+    expected: float = math.inf,
     vectors: Vectors | None = None,
     width: int | None = None,
 ) -> Tensor:
@@ -43,14 +45,15 @@ def clipped_sums(
         drawn: by client, positions of the records of this step, int64; possibly none.
         rows: [K, P] float32, where each client's gradients are taken.
         phase: projects and clips; the same for all clients.
-        token_budget: padded tokens of a micro-batch.
+        shapes: how micro-batches are cut.
+        expected: number of records in such a step over all clients, a public one; see `Shapes.cut`.
         vectors: what is clipped; the gradients themselves by default.
         width: numbers in a record's vector; P by default.
     """
     records = np.concatenate(drawn)
     owner = np.repeat(np.arange(len(drawn)), [len(part) for part in drawn])
     totals = torch.zeros(len(rows), width or rows.shape[1], dtype=torch.float64, device=rows.device)
-    for group in _groups(dataset, records, owner, token_budget, fused=backend.fuses_clients):
+    for group in _groups(dataset, records, owner, shapes, len(rows), expected, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
         owners = torch.from_numpy(owner[group.positions]).to(rows.device)
         everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
@@ -60,14 +63,21 @@ def clipped_sums(
 
 
 def _groups(
-    dataset: EncodedDataset, records: np.ndarray, owner: np.ndarray, token_budget: int, *, fused: bool
+    dataset: EncodedDataset,
+    records: np.ndarray,
+    owner: np.ndarray,
+    shapes: Shapes,
+    clients: int,
+    expected: float,
+    *,
+    fused: bool,
 ) -> Iterator[FixedShape]:
     """Micro-batches over all clients or, where the back end takes one at a time, client by client."""
     lengths = dataset.lengths[records]
     if fused:
-        yield from fixed_shapes(lengths, token_budget, dataset.longest)
+        yield from shapes.cut(lengths, dataset.longest, clients=clients, expected=expected)
         return
     for client in np.unique(owner):
         positions = np.flatnonzero(owner == client)
-        for group in fixed_shapes(lengths[positions], token_budget, dataset.longest):
+        for group in shapes.cut(lengths[positions], dataset.longest, clients=clients, expected=expected / clients):
             yield replace(group, positions=positions[group.positions])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
+from fedlora.engine.batching import Shapes
 from fedlora.engine.filters import make_filter
 from fedlora.engine.sums import clipped_sums
 from fedlora.errors import PrivacyError
@@ -57,7 +58,7 @@ def train(
     num_steps: int,
     learning_rate: float,
     training: TrainingConfig,
-    token_budget: int,
+    shapes: Shapes,
 ) -> list[TrainedRow]:
     """Train every job for `num_steps` private steps from the common `theta` [P] float32.
 
@@ -81,7 +82,7 @@ def train(
     )
     for _ in range(num_steps):
         point = noise_filter.point(rows)
-        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, token_budget))
+        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, shapes))
         for parameter, gradient in zip(parameters, noise_filter.refine(gradients), strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -101,11 +102,12 @@ def _private_mean_gradients(
     jobs: Sequence[TrainingJob],
     rows: Tensor,
     training: TrainingConfig,
-    token_budget: int,
+    shapes: Shapes,
 ) -> list[Tensor]:
     """One logical step: for each job (clipped sum + noise) / expected batch size, [P]."""
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
-    totals = clipped_sums(backend, dataset, drawn, rows, jobs[0].phase, token_budget=token_budget)
+    phase, expected = jobs[0].phase, len(jobs) * training.expected_batch_size
+    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)
     return [
         job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
         for job, total in zip(jobs, totals, strict=True)

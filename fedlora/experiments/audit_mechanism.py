@@ -19,6 +19,7 @@ from torch import Tensor
 from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch
+from fedlora.engine.batching import Shapes
 from fedlora.engine.execution import choose_execution
 from fedlora.engine.training import TrainingJob, train
 from fedlora.privacy.accounting import Charge, epsilon
@@ -230,7 +231,7 @@ class Stage:
                     num_steps=1,
                     learning_rate=1.0,
                     training=training,
-                    token_budget=_TRIALS_PER_CALL,
+                    shapes=Shapes(_TRIALS_PER_CALL),
                 )
                 steps.append(torch.stack([row.theta for row in rows]).double().mul_(-batch_size))
                 self.advance(count)

@@ -157,7 +157,7 @@ class Cohort:
             num_steps=entry.num_steps,
             learning_rate=entry.learning_rate,
             training=bench.config.training,
-            token_budget=bench.execution.token_budget,
+            shapes=bench.shapes,
         )
         if bench.config.training.keep_state:
             for site, row in zip(self.sites, trained, strict=True):
@@ -189,7 +189,7 @@ class Cohort:
             learning_rate=entry.learning_rate,
             gate_learning_rate=bench.config.adapter.gate_learning_rate,
             training=bench.config.training,
-            token_budget=bench.execution.token_budget,
+            shapes=bench.shapes,
         )
         return [row.cpu() for row in found]
 
@@ -222,7 +222,7 @@ class Cohort:
             directions=directions,
             gated=bench.gated,
             phase=phase,
-            token_budget=bench.execution.token_budget,
+            shapes=bench.shapes,
         )
         return sums[0]
 

@@ -5,7 +5,8 @@ Server, simulated cohort and a single client build the same thing, so their layo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.company import check_company
+from fedlora.engine.batching import AgreeingRows, Shapes
+from fedlora.engine.company import Company
 from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
@@ -52,6 +54,8 @@ class Workbench:
     """Base name of an adapter's slot -> paths of the modules it adapts."""
     layout: AdapterLayout
     backend: GradientBackend
+    shapes: Shapes
+    """How private records are cut into micro-batches for this back end."""
     initial_theta: Tensor
     """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
     attached: bool = True
@@ -90,7 +94,7 @@ class Workbench:
             return
         self.detach()
         attached = _attach(self.config, self.execution, self.classifier, mask)
-        self.places, self.layout, self.backend, self.initial_theta = attached
+        self.places, self.layout, self.backend, self.shapes, self.initial_theta = attached
         self.mask, self.attached = mask, True
 
     def detach(self) -> None:
@@ -118,7 +122,7 @@ def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
     """
     execution = choose_execution(config)
     classifier = (shelf or Shelf()).classifier(config, execution)
-    places, layout, backend, initial_theta = _attach(config, execution, classifier, None)
+    places, layout, backend, shapes, initial_theta = _attach(config, execution, classifier, None)
     return Workbench(
         config=config,
         execution=execution,
@@ -130,6 +134,7 @@ def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
         places=places,
         layout=layout,
         backend=backend,
+        shapes=shapes,
         initial_theta=initial_theta,
     )
 
@@ -153,7 +158,7 @@ def find_candidates(classifier: Classifier, targets: Sequence[str]) -> tuple[Can
 
 def _attach(
     config: RunConfig, execution: Execution, classifier: Classifier, mask: ModuleMask | None
-) -> tuple[ffa.Places, AdapterLayout, GradientBackend, Tensor]:
+) -> tuple[ffa.Places, AdapterLayout, GradientBackend, Shapes, Tensor]:
     adapter, seed = config.adapter, PublicSeed.from_int(config.run.seed)
     modules = classifier.target_modules(adapter.targets)
     places: dict[str, tuple[str, ...]] = {path: (path,) for path in (modules if mask is None else mask.modules)}
@@ -165,12 +170,11 @@ def _attach(
     initial_theta = _initial_theta(layout, heads).to(execution.device)
     backend = _make_backend(config, classifier, layout, factors, places)
     try:
-        if config.private:
-            _check_company(config, execution, classifier, backend)
+        agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
     except BaseException:
         backend.detach()
         raise
-    return places, layout, backend, initial_theta
+    return places, layout, backend, Shapes(execution.token_budget, agreeing), initial_theta
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
@@ -183,25 +187,49 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Ten
     return theta
 
 
-def _check_company(config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend) -> None:
-    """Without a head gradients are zero and the check blind: a random one stands in for a prototype head to come."""
-    pooled = classifier.head.linear if config.model.head == "prototype" and classifier.head is not None else None
-    if pooled is not None:
-        known = pooled.weight.clone(), pooled.bias.clone()
-        draw = PublicSeed.from_int(0).torch("company head")
-        classifier.set_head(torch.randn(pooled.weight.shape, generator=draw), torch.zeros(pooled.bias.shape))
+def _check_company(
+    config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend
+) -> AgreeingRows:
+    """See that records have no influence on one another; what finds out more about that when it is asked."""
+    company = Company(
+        backend=backend,
+        vocabulary=len(classifier.tokenizer),
+        num_labels=classifier.num_labels,
+        device=execution.device,
+    )
+    longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
+    with _any_head(config, classifier):
+        company.check(token_budget=execution.token_budget, longest=longest)
+
+    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
+        with _any_head(config, classifier):
+            return company.agreeing_rows(columns, counts, clients)
+
+    return agreeing
+
+
+def _all_agree(_columns: int, counts: Sequence[int], _clients: int) -> Sequence[int]:
+    """Without privacy nobody minds the last bits."""
+    return counts
+
+
+@contextmanager
+def _any_head(config: RunConfig, classifier: Classifier) -> Iterator[None]:
+    """A random one in the place of a prototype head to come, or of one that a server has sent.
+
+    Without a head gradients are zero, and whoever compares them is blind.
+    """
+    if config.model.head != "prototype" or classifier.head is None:
+        yield
+        return
+    linear = classifier.head.linear
+    known = linear.weight.clone(), linear.bias.clone()
+    draw = PublicSeed.from_int(0).torch("company head")
+    classifier.set_head(torch.randn(linear.weight.shape, generator=draw), torch.zeros(linear.bias.shape))
     try:
-        check_company(
-            backend,
-            vocabulary=len(classifier.tokenizer),
-            num_labels=classifier.num_labels,
-            token_budget=execution.token_budget,
-            longest=min(config.data.max_length, classifier.tokenizer.model_max_length),
-            device=execution.device,
-        )
+        yield
     finally:
-        if pooled is not None:
-            classifier.set_head(*known)
+        classifier.set_head(*known)
 
 
 def _make_backend(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.gates import GatedSlots, SearchJob, search
 from fedlora.errors import PrivacyError
 from fedlora.federation.workbench import Workbench
@@ -62,7 +63,7 @@ def searched(
     backend: Any, jobs: list[SearchJob], theta: Tensor | None = None, logits: Tensor | None = None, **changes: Any
 ) -> Tensor:
     """[K, P + M], by default from gates of 1; rates of 0 by default, so that every step is taken at the same point."""
-    settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "token_budget": 64, **changes}
+    settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "shapes": Shapes(64), **changes}
     start = torch.ones(SIZE) if theta is None else theta
     gates = torch.zeros(MODULES) if logits is None else logits
     return torch.stack(search(backend, backend.dataset, jobs, start, gates, GATED, training=TRAINING, **settings))
@@ -126,7 +127,7 @@ LENGTHS = [5, 12, 3, 9, 12, 4, 7, 8]
 
 def searched_on(bench: Workbench, dataset: Any, jobs: list[SearchJob], logits: Tensor, **changes: Any) -> Tensor:
     """[K, P + M] after search on a real model from a common random theta."""
-    settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "token_budget": 40, **changes}
+    settings = {"num_steps": 1, "learning_rate": 0.0, "gate_learning_rate": 0.0, "shapes": Shapes(40), **changes}
     theta = random_theta(bench.layout, 1)[0]
     found = search(bench.backend, dataset, jobs, theta, logits, bench.gated, training=TRAINING, **settings)
     return torch.stack(found)
@@ -196,7 +197,7 @@ def test_a_record_of_one_half_never_enters_the_others_sum(
     halves = [(range(20 * c, 20 * c + 12), range(20 * c + 12, 20 * c + 20)) for c in range(3)]
     phase = search_phase(make_phase, 0.5, 0.0)
     jobs = [job_of(weights, gates, phase, client) for client, (weights, gates) in enumerate(halves)]
-    searched(backend, jobs, num_steps=9, learning_rate=0.3, gate_learning_rate=0.5, token_budget=token_budget)
+    searched(backend, jobs, num_steps=9, learning_rate=0.3, gate_learning_rate=0.5, shapes=Shapes(token_budget))
     assert [name for name, _ in sums.totals] == 9 * [*3 * [BILEVEL], *3 * ["gates"]], "in turn, once for each client"
     met: dict[str, set[int]] = {BILEVEL: set(), "gates": set()}
     for entry in sums.added:
@@ -216,7 +217,7 @@ def test_every_client_samples_both_halves_at_its_own_rate(
         job_of(range(40 * c, 40 * c + 20), range(40 * c + 20, 40 * c + 40), search_phase(make_phase, rate, 1.0), c)
         for c, rate in enumerate(rates)
     ]
-    searched(backend, jobs, num_steps=steps, token_budget=10_000)
+    searched(backend, jobs, num_steps=steps, shapes=Shapes(10_000))
     trials = 20 * steps
     for phase in (BILEVEL, "gates"):
         for client, rate in enumerate(rates):
@@ -407,7 +408,7 @@ def test_gates_of_the_modules_that_help_end_above_the_others(table_backend: Any,
         num_steps=8,
         learning_rate=0.1,
         gate_learning_rate=1.0,
-        token_budget=10_000,
+        shapes=Shapes(10_000),
     )
     for gates in found[:, SIZE:]:
         helping = torch.zeros(MODULES, dtype=torch.bool).index_fill_(0, torch.tensor(helpful), True)
@@ -443,7 +444,7 @@ def test_gates_of_modules_of_a_real_model_that_cannot_help_stay_put(
         learning_rate=0.1,
         gate_learning_rate=1.0,
         training=TRAINING,
-        token_budget=512,
+        shapes=Shapes(512),
     )[0][bench.layout.size :]
     alive = [n for n in range(len(bench.candidates)) if n not in dead]
     assert len(dead) == 3

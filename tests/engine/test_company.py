@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fedlora.engine import company
-from fedlora.engine.batching import fixed_shapes
-from fedlora.engine.company import check_company
+from fedlora.engine.batching import Shapes, fixed_shapes
+from fedlora.engine.company import Company
+from fedlora.engine.sums import clipped_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import PrivacyError
 from fedlora.privacy.noise import HostNoise
@@ -50,7 +52,7 @@ def test_every_record_is_in_one_micro_batch_that_keeps_a_row_for_a_dummy() -> No
     for group in groups:
         assert len(group.positions) < group.rows
         assert lengths[group.positions].max() <= group.columns
-        assert lengths[group.positions].min() > group.columns - 8
+        assert lengths[group.positions].min() > (group.columns - 8 if group.columns <= 32 else group.columns // 2)
     assert list(fixed_shapes(np.array([], dtype=np.int64), 512, 130)) == []
 
 
@@ -74,17 +76,109 @@ class Gossip:
         raise NotImplementedError
 
 
+def company_of(backend: Any) -> Company:
+    return Company(backend=backend, vocabulary=50, num_labels=2, device=CPU)
+
+
 def test_a_trace_of_the_others_is_found_and_one_by_one_is_the_way_out() -> None:
-    found: dict[str, Any] = {"vocabulary": 50, "num_labels": 2, "longest": 512, "device": CPU}
+    company = company_of(Gossip())
     with pytest.raises(PrivacyError, match=r"engine\.token_budget=1"):
-        check_company(Gossip(), token_budget=512, **found)
-    check_company(Gossip(), token_budget=1, **found)
+        company.check(token_budget=512, longest=512)
+    company.check(token_budget=1, longest=512)
+    assert company.agreeing_rows(16, (2, 8), clients=1) == ()
+    cut = list(Shapes(512, company.agreeing_rows).cut(np.array([9, 10, 11]), 512))
+    assert [len(group.positions) for group in cut] == [1, 1, 1]
+
+
+class Shaped(Gossip):
+    """As kernels are: the number of rows decides the order of summation, here from 8 rows on in another way."""
+
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+        ids = batch["input_ids"].float()
+        return [ids[:, :3] * (1 + 2**-20 * (len(ids) >= 8) * (ids[:, :1] > 20))]
+
+
+class Placed(Gossip):
+    """The row of a record decides, as where vectors of a loop end in a rest."""
+
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+        ids = batch["input_ids"].float()
+        return [ids[:, :3] * (1 + 2**-20 * (torch.arange(len(ids)) == len(ids) - 2)[:, None])]
+
+
+def test_only_numbers_of_rows_that_give_the_same_bits_are_used() -> None:
+    company = company_of(Shaped())
+    assert company.agreeing_rows(8, (2, 4, 8, 16, 33), clients=2) == (8, 16, 33)
+    assert company.agreeing_rows(8, (2, 4, 6), clients=2) == (2, 4, 6), "among themselves small ones agree"
+    shapes = Shapes(8 * 33, company.agreeing_rows)
+    for count, rows in ((1, [8]), (7, [8]), (8, [16]), (31, [33]), (32, [33]), (40, [33, 16])):
+        assert [group.rows for group in shapes.cut(np.full(count, 5), 512)] == rows
+    assert [group.rows for group in shapes.cut(np.full(4, 5), 512, expected=5)] == [6]
+
+
+def test_a_row_that_is_treated_otherwise_is_found() -> None:
+    assert company_of(Placed()).agreeing_rows(8, (2, 4, 8), clients=1) == ()
+
+
+def test_what_is_expected_bounds_the_rows_and_what_came_does_not() -> None:
+    shapes = Shapes(1024)
+    for count in (1, 5, 40):
+        assert {group.rows for group in shapes.cut(np.full(count, 5), 512, expected=8.2)} == {10}
+    assert {group.rows for group in shapes.cut(np.full(5, 5), 512, expected=0.3)} == {2}
+
+
+def test_what_was_found_out_is_not_asked_again() -> None:
+    asked = []
+
+    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
+        asked.append((columns, clients))
+        return counts
+
+    shapes = Shapes(256, agreeing)
+    for clients in (1, 2, 5, 1, 2):
+        list(shapes.cut(np.array([3, 3, 12]), 512, clients=clients))
+    assert asked == [(16, 1), (8, 1), (16, 2), (8, 2)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smaller_micro_batches_give_the_same_sums(
+    make_bench: Any, random_records: Any, make_phase: Any, dtype: str
+) -> None:
+    """To the last bit of every record, and so up to the order of float64 additions."""
+    options = f"model.dtype={dtype}", "engine.token_budget=512", "privacy.seeded_noise=false"
+    bench = make_bench("model.head=trained", *options)
+    data = random_records([5, 6, 7, 9, 12, 12, 14, 3, 16, 30])
+    rows, phase = (bench.initial_theta + 0.3).repeat(2, 1), make_phase(1.0, 0.0, 0.01)
+    drawn = [np.arange(4), np.arange(4, 10)]
+    full, fewer = (
+        clipped_sums(bench.backend, data, drawn, rows, phase, shapes=shapes) for shapes in (Shapes(512), bench.shapes)
+    )
+    assert (full - fewer).abs().max() <= 1e-15 * full.abs().max()
+
+
+def test_a_head_that_silences_gradients_does_not_blind_the_check(
+    make_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may send a head of zeros first and another one later; what was found out under the first must hold."""
+    bench = make_bench("privacy.seeded_noise=false")
+    bench.classifier.clear_head()
+    seen = []
+    genuine = company._fingerprints
+
+    def spy(gradients: Sequence[Tensor]) -> Tensor:
+        seen.append(max(part.abs().max().item() for part in gradients))
+        return genuine(gradients)
+
+    monkeypatch.setattr(company, "_fingerprints", spy)
+    bench.shapes.row_counts(16, 1, 8)
+    assert min(seen) > 0
+    assert bench.classifier.head.linear.weight.abs().max() == 0, "and the head is what it was"
 
 
 def test_a_workbench_is_not_built_where_records_influence_one_another(
     make_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(company, "_gradient", lambda *arguments: torch.rand(3))
+    monkeypatch.setattr(company, "_fingerprints", lambda gradients: torch.randint(2**40, (len(gradients[0]),)))
     with pytest.raises(PrivacyError, match="depends on the records beside it"):
         make_bench()
     make_bench("privacy.epsilon=inf")
@@ -102,7 +196,7 @@ def test_a_long_record_more_changes_nothing_in_what_the_others_add(
     genuine = type(bench.backend).gradients
 
     def spy(backend: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
-        parts = genuine(backend, theta, batch, labels, owner)
+        parts: list[Tensor] = genuine(backend, theta, batch, labels, owner)
         for row, ids in enumerate(batch["input_ids"]):
             seen[-1][hash(tuple(ids[batch["attention_mask"][row].bool()].tolist()))] = torch.cat(
                 [p[row] for p in parts]
@@ -124,7 +218,7 @@ def test_a_long_record_more_changes_nothing_in_what_the_others_add(
             num_steps=1,
             learning_rate=1.0,
             training=bench.config.training,
-            token_budget=64,
+            shapes=Shapes(64),
         )
     without, with_it = seen
     assert len(with_it) == len(without) + 1

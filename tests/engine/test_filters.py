@@ -15,6 +15,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from fedlora.config import TrainingConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, NoFilter, make_filter
 from fedlora.engine.training import TrainedRow, TrainingJob, train
 from fedlora.privacy.mechanisms.mechanism import make_mechanism
@@ -53,7 +54,7 @@ def make_jobs(phase: PhasePlan, parts: Sequence[np.ndarray]) -> list[TrainingJob
 def run(
     backend: Any, jobs: Sequence[TrainingJob], theta: Tensor, how: TrainingConfig, **other: Any
 ) -> list[TrainedRow]:
-    settings: dict[str, Any] = {"num_steps": 5, "learning_rate": 0.3, "token_budget": 1000, **other}
+    settings: dict[str, Any] = {"num_steps": 5, "learning_rate": 0.3, "shapes": Shapes(1000), **other}
     return train(backend, backend.dataset, jobs, theta, training=how, **settings)
 
 

@@ -15,6 +15,7 @@ from fedlora.adapters.methods import ffa
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import record_losses
+from fedlora.engine.batching import Shapes
 from fedlora.engine.gates import GatedSlots, alignment_sums
 from fedlora.errors import AdapterError
 from fedlora.federation.workbench import Workbench
@@ -173,7 +174,7 @@ def test_alignment_is_the_clipped_sum_of_a_loop_over_single_records(
             directions=directions,
             gated=gated,
             phase=make_phase(1.0, 0.0, 1.0, "automatic"),
-            token_budget=budget,
+            shapes=Shapes(budget),
         )
         for client in range(2):
             assert torch.allclose(found[client], rows[records[client]].sum(dim=0), atol=2e-5)
@@ -248,7 +249,7 @@ def test_one_record_moves_the_scores_by_at_most_one(
             directions=directions,
             gated=TABLE_GATES,
             phase=make_phase(1.0, 0.0, 1.0, "automatic"),
-            token_budget=budget,
+            shapes=Shapes(budget),
         )
 
     for budget in (1, 64, 10_000):
@@ -280,7 +281,7 @@ def test_one_real_record_moves_the_scores_of_a_real_model_by_what_it_is_alone(
             directions=directions,
             gated=gated,
             phase=make_phase(1.0, 0.0, 1.0, "automatic"),
-            token_budget=40,
+            shapes=Shapes(40),
         )
 
     alone = scores([5])[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.prototypes import class_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import ConfigError
@@ -95,7 +96,7 @@ def released_noise(bench: Workbench, dataset: Any, phase: PhasePlan, round_index
     moves = []
     for _ in range(STEPS):
         rows = train(
-            bench.backend, dataset, jobs, theta, num_steps=1, learning_rate=rate, training=TRAINING, token_budget=16
+            bench.backend, dataset, jobs, theta, num_steps=1, learning_rate=rate, training=TRAINING, shapes=Shapes(16)
         )
         moves.append(torch.stack([row.theta for row in rows]))
     return torch.stack(moves)
@@ -139,7 +140,7 @@ def test_noise_scales_with_rate_and_adds_up_over_the_steps_of_a_call(
         num_steps=9,
         learning_rate=0.3,
         training=TRAINING,
-        token_budget=16,
+        shapes=Shapes(16),
     )
     moves = torch.stack([row.theta for row in rows])
     assert has_std(moves, 0.3 * math.sqrt(9) * SIGMA * CLIP / BATCH)
@@ -187,7 +188,7 @@ def test_one_stream_for_two_clients_would_be_caught(silent_bench: Workbench, dat
         num_steps=1,
         learning_rate=1.0,
         training=TRAINING,
-        token_budget=16,
+        shapes=Shapes(16),
     )
     assert not are_uncorrelated(torch.stack([row.theta for row in rows]))
 
@@ -200,7 +201,7 @@ def test_noise_is_drawn_once_per_logical_step_however_many_micro_batches(
     job = make_jobs(make_phase(1.0, SIGMA, CLIP))[0]
     job.records = np.arange(12)
     settings: dict[str, Any] = {"num_steps": 2, "learning_rate": 1.0, "training": TRAINING}
-    moved = train(backend, backend.dataset, [job], torch.zeros(30), token_budget=token_budget, **settings)[0].theta
+    moved = train(backend, backend.dataset, [job], torch.zeros(30), shapes=Shapes(token_budget), **settings)[0].theta
     assert len(backend.asked) == {1: 24, 64: 4, 10_000: 2}[token_budget]
     stream = SecretRoot.seeded(7).numpy("noise", 0, 0)
     noise = sum(torch.from_numpy(stream.standard_normal(30)).float() for _ in range(2))

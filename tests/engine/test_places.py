@@ -17,7 +17,8 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.company import check_company
+from fedlora.engine.batching import Shapes
+from fedlora.engine.company import Company
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.opacus import OpacusBackend
 from fedlora.engine.training import TrainingJob, train
@@ -180,7 +181,7 @@ def test_a_shared_adapter_counts_once_in_the_clip(
         num_steps=1,
         learning_rate=1.0,
         training=settings.training,
-        token_budget=64,
+        shapes=Shapes(64),
     )
     moved = (theta[0] - row.theta).double() * settings.training.expected_batch_size
     assert backend.slot_sizes == (together.layout.size,)
@@ -210,14 +211,9 @@ def test_a_shared_adapter_of_a_bfloat16_base(config: Config, ragged: EncodedData
 def test_no_record_shows_in_anothers_gradient(config: Config, name: str, family: str) -> None:
     classifier = untouched_classifier(config(family))
     backend = plan(classifier, FEW, shared=True).attach(name, classifier)
-    check_company(
-        backend,
-        vocabulary=len(classifier.tokenizer),
-        num_labels=2,
-        token_budget=128,
-        longest=24,
-        device=torch.device("cpu"),
-    )
+    vocabulary = len(classifier.tokenizer)
+    company = Company(backend=backend, vocabulary=vocabulary, num_labels=2, device=torch.device("cpu"))
+    company.check(token_budget=128, longest=24)
 
 
 # -------------------------------------------------------------------------------------------- attached, detached, again

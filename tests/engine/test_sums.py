@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
+from fedlora.engine.batching import Shapes
 from fedlora.engine.gates import GatedSlots
 from fedlora.engine.sums import clipped_sums
 from fedlora.privacy.clipping import Clipping
@@ -41,7 +42,7 @@ def moved_by_the_second(table: Tensor, plan: PhasePlan, **made: object) -> float
             [np.array(members)],
             torch.zeros(1, table.shape[1]),
             plan,
-            token_budget=64,
+            shapes=Shapes(64),
             **made,  # type: ignore[arg-type]
         )
         for members in ([0], [0, 1])
@@ -92,7 +93,7 @@ def test_what_is_made_of_gradients_is_made_in_shapes_that_no_record_decides() ->
             [np.array(members)],
             torch.zeros(1, 8),
             phase("flat"),
-            token_budget=64,
+            shapes=Shapes(64),
             vectors=seen,
         )
     assert len(set(shapes)) == 1

@@ -16,6 +16,7 @@ from fedlora.adapters.methods import ffa
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import record_losses
+from fedlora.engine.batching import Shapes
 from fedlora.engine.training import TrainedRow, TrainingJob, train
 from fedlora.errors import PrivacyError
 from fedlora.federation.workbench import Workbench
@@ -44,7 +45,7 @@ def make_jobs(phase: PhasePlan, parts: Sequence[np.ndarray], secret: int = 0) ->
 def run(
     bench: Workbench, dataset: EncodedDataset, jobs: Sequence[TrainingJob], theta: Tensor, **how: Any
 ) -> list[TrainedRow]:
-    settings: dict[str, Any] = {"num_steps": 3, "learning_rate": 0.7, "training": SGD, "token_budget": 60}
+    settings: dict[str, Any] = {"num_steps": 3, "learning_rate": 0.7, "training": SGD, "shapes": Shapes(60)}
     return train(bench.backend, dataset, jobs, theta, **{**settings, **how})
 
 
@@ -159,7 +160,14 @@ def test_jobs_that_ask_for_different_clipping_are_refused(table_backend: Any, ma
     jobs[1].phase = make_phase(1.0, 0.0, 0.1)
     with pytest.raises(PrivacyError, match="project or clip differently"):
         train(
-            backend, backend.dataset, jobs, torch.zeros(3), num_steps=1, learning_rate=1.0, training=SGD, token_budget=9
+            backend,
+            backend.dataset,
+            jobs,
+            torch.zeros(3),
+            num_steps=1,
+            learning_rate=1.0,
+            training=SGD,
+            shapes=Shapes(9),
         )
     assert backend.asked == []
 
@@ -174,8 +182,8 @@ def test_the_split_into_micro_batches_changes_nothing(
     bench, dataset = make_bench("model.head=trained"), random_records(LENGTHS)
     phase, theta = make_phase(0.7, 0.4, 0.5), start(bench)
     jobs, others = make_jobs(phase, PARTS), make_jobs(phase, PARTS)
-    wanted = run(bench, dataset, jobs, theta, token_budget=60)
-    got = run(bench, dataset, others, theta, token_budget=token_budget)
+    wanted = run(bench, dataset, jobs, theta, shapes=Shapes(60))
+    got = run(bench, dataset, others, theta, shapes=Shapes(token_budget))
     for row, other in zip(got, wanted, strict=True):
         assert_close(row.theta, other.theta, theta)
     for job, other in zip(jobs, others, strict=True):
@@ -293,7 +301,7 @@ def test_optimizers_are_torchs_own(table_backend: Any, make_phase: Any, optimize
             num_steps=steps,
             learning_rate=0.1,
             training=training,
-            token_budget=9,
+            shapes=Shapes(9),
         )[0]
         theta, job.optimizer_state = row.theta, row.optimizer_state
     assert torch.allclose(theta, parameter.detach(), atol=1e-6)
@@ -302,7 +310,7 @@ def test_optimizers_are_torchs_own(table_backend: Any, make_phase: Any, optimize
 def test_without_kept_state_adam_starts_afresh(table_backend: Any, make_phase: Any) -> None:
     backend = table_backend(torch.tensor([[0.5, -0.25]]))
     training = TrainingConfig(optimizer="adam", expected_batch_size=1)
-    settings: dict[str, Any] = {"num_steps": 1, "learning_rate": 0.1, "training": training, "token_budget": 9}
+    settings: dict[str, Any] = {"num_steps": 1, "learning_rate": 0.1, "training": training, "shapes": Shapes(9)}
     for _ in range(2):
         job = make_jobs(make_phase(1.0, 0.0, 10.0), [np.array([0])])[0]
         moved = train(backend, backend.dataset, [job], torch.zeros(2), **settings)[0].theta
@@ -326,7 +334,7 @@ def test_a_step_is_at_most_the_clip_norm_of_every_record(table_backend: Any, mak
                 num_steps=1,
                 learning_rate=1.0,
                 training=TrainingConfig(expected_batch_size=1),
-                token_budget=9,
+                shapes=Shapes(9),
             )[0].theta
             assert moved.double().norm() <= 0.3 * (1 + 1e-6)
 
@@ -350,7 +358,7 @@ def test_a_poisoned_record_does_not_disturb_the_others(
     table_backend: Any, make_phase: Any, poison: float, kind: str
 ) -> None:
     table = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"num_steps": 1, "learning_rate": 1.0, "training": SGD, "token_budget": 100}
+    settings: dict[str, Any] = {"num_steps": 1, "learning_rate": 1.0, "training": SGD, "shapes": Shapes(100)}
     parts = [np.arange(3), np.arange(3, 6)]
     phase = make_phase(1.0, 0.0, 1.0, kind)
     poisoned = table.clone()
@@ -395,7 +403,7 @@ def test_an_empty_batch_skips_the_forward_and_still_adds_noise(table_backend: An
     phase = dataclasses.replace(make_phase(0.5, 2.0, 3.0), sampler=NobodySampler(0.5))
     jobs = make_jobs(phase, [np.arange(3), np.arange(3, 5)])
     rows = train(
-        backend, backend.dataset, jobs, torch.zeros(64), num_steps=4, learning_rate=0.5, training=SGD, token_budget=9
+        backend, backend.dataset, jobs, torch.zeros(64), num_steps=4, learning_rate=0.5, training=SGD, shapes=Shapes(9)
     )
     assert backend.asked == []
     for client, row in enumerate(rows):

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import binom
 
 from fedlora.config import RunConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import BudgetRefused, DataError, PrivacyError, UnsoundMechanism
 from fedlora.privacy import accounting
@@ -342,7 +343,7 @@ def test_training_on_a_plan_samples_with_expected_batch_size_over_n(table_backen
         num_steps=steps,
         learning_rate=1.0,
         training=config().training,
-        token_budget=100_000,
+        shapes=Shapes(100_000),
     )
     asked = sum(len(records) for records, _ in backend.asked)
     q, trials = plan[FINETUNE].charge().sampling_probability, N * steps

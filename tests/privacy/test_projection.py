@@ -12,6 +12,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from fedlora.config import RunConfig, TrainingConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import PrivacyError
 from fedlora.privacy.clipping import Clipping
@@ -101,7 +102,7 @@ def step(table_backend: Any, table: Tensor, phase: PhasePlan, stream: int = 0) -
         num_steps=1,
         learning_rate=1.0,
         training=TrainingConfig(optimizer="sgd", expected_batch_size=1),
-        token_budget=100,
+        shapes=Shapes(100),
     )[0]
     return -row.theta
 
@@ -155,5 +156,5 @@ def test_jobs_that_project_differently_are_refused(table_backend: Any) -> None:
             num_steps=1,
             learning_rate=1.0,
             training=TrainingConfig(),
-            token_budget=100,
+            shapes=Shapes(100),
         )

@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import binom, chi2
 
 from fedlora.config import TrainingConfig
+from fedlora.engine.batching import Shapes
 from fedlora.engine.training import TrainingJob, train
 from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.sampling import PoissonSampler
@@ -147,7 +148,7 @@ def batches_of(table_backend: Any, phase: Any, parts: list[np.ndarray], num_step
             num_steps=1,
             learning_rate=1.0,
             training=TrainingConfig(expected_batch_size=9),
-            token_budget=token_budget,
+            shapes=Shapes(token_budget),
         )
         for records, owners in backend.asked:
             for record, owner in zip(records, owners, strict=True):

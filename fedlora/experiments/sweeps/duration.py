@@ -16,7 +16,7 @@ import numpy as np
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset, encode
 from fedlora.data.glue import available_validation_splits
-from fedlora.engine.batching import fixed_shapes, microbatches
+from fedlora.engine.batching import AgreeingRows, Shapes, microbatches
 from fedlora.engine.execution import choose_execution
 from fedlora.experiments.sweeps.speed import Speed
 from fedlora.federation.schedule import ScheduledRound, make_schedule
@@ -30,7 +30,7 @@ _RUN_SECONDS = 2.0  # pricing, adapter, pictures
 _ROUND_SECONDS = 0.05  # ledger, checkpoint
 _RECORD_SECONDS = 1.5e-4  # tokens, fingerprint
 
-_DRAWS = 8  # of a batch, to find out how it is padded
+_DRAWS = 32  # of a batch, to find out how it is padded
 _SAMPLE = 4096  # records whose lengths stand for those of all
 
 
@@ -108,7 +108,7 @@ class _Rounds:
 
     def __init__(self, config: RunConfig, speed: Speed, workload: Workload, sizes: Sequence[int]) -> None:
         self._config, self._speed, self._workload, self._sizes = config, speed, workload, sizes
-        self._of_batch: dict[float, tuple[float, float]] = {}
+        self._of_batch: dict[tuple[float, bool], tuple[float, float]] = {}
 
     def seconds(self, entry: ScheduledRound) -> float:
         config = self._config
@@ -139,23 +139,29 @@ class _Rounds:
         return adapter.ratio if chosen and adapter.sharing == "none" else 1.0
 
     def _gradients(self, count: float, share_of_slots: float = 1.0) -> float:
-        tokens, rows = self._shape(count)
+        tokens, rows = self._shape(count, agreeing=lambda _columns, counts, _clients: counts)
         return tokens * self._speed.gradient_token + rows * self._speed.gradient_row * share_of_slots
 
     def _forward(self, count: float) -> float:
-        return self._shape(count)[0] * self._speed.forward_token
+        return self._shape(count, agreeing=None)[0] * self._speed.forward_token
 
-    def _shape(self, count: float) -> tuple[float, float]:
-        """Padded tokens and rows of the micro-batches of a Poisson draw of `count` records, on average."""
-        if count not in self._of_batch:
+    def _shape(self, count: float, *, agreeing: AgreeingRows | None) -> tuple[float, float]:
+        """Padded tokens and rows of the micro-batches of a Poisson draw of `count` records, on average.
+
+        Of gradients as if smaller micro-batches always agreed with full ones: a little too few where they do not.
+        """
+        key = count, agreeing is None
+        if key not in self._of_batch:
+            cuts = Shapes(self._workload.token_budget, agreeing)
             draw, found = PublicSeed.from_int(0).numpy("forecast", str(count)), []
             for _ in range(_DRAWS if count < _SAMPLE else 1):
                 lengths = draw.choice(self._workload.lengths, draw.poisson(count))
-                shapes = [*fixed_shapes(lengths, self._workload.token_budget, self._workload.longest)]
+                expected = math.inf if agreeing is None else count
+                shapes = [*cuts.cut(lengths, self._workload.longest, expected=expected)]
                 found.append((sum(shape.rows * shape.columns for shape in shapes), sum(shape.rows for shape in shapes)))
             tokens, rows = np.mean(found, axis=0)
-            self._of_batch[count] = float(tokens), float(rows)
-        return self._of_batch[count]
+            self._of_batch[key] = float(tokens), float(rows)
+        return self._of_batch[key]
 
 
 def _is_evaluated(entry: ScheduledRound, schedule: Sequence[ScheduledRound], config: RunConfig) -> bool:

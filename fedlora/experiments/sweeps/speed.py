@@ -19,6 +19,7 @@ from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.data.tasks import TASKS
+from fedlora.engine.batching import Shapes, most_rows
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.sums import clipped_sums
 from fedlora.federation.shelf import Shelf
@@ -30,7 +31,7 @@ from fedlora.randomness import PublicSeed, SecretRoot
 
 _NARROW, _WIDE = 8, 64  # tokens; two widths, to tell the cost of a token from that of a row
 _REPEATS = 7
-_SCHEMA = 1  # raise it when the measurement changes what it means
+_SCHEMA = 2  # raise it when the measurement changes what it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
     """Medians of repeats in turn: a machine that others use as well is slow for seconds at a time."""
     _give_head(workbench)
     mechanism = GaussianMechanism(1.0)
-    budget, device = workbench.execution.token_budget, workbench.execution.device
+    shapes, device = Shapes(workbench.execution.token_budget), workbench.execution.device
     clients = min(workbench.config.federation.cohort_size, 2) if workbench.backend.fuses_clients else 1
     theta = workbench.initial_theta.repeat(clients, 1)
     noise = make_noise_source(workbench.config.engine.noise, SecretRoot.from_os().numpy("speed"), device)
@@ -113,7 +114,7 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
 
     def gradients(dataset: EncodedDataset) -> object:
         drawn = np.array_split(np.arange(len(dataset)), clients)
-        return clipped_sums(workbench.backend, dataset, drawn, theta, phase, token_budget=budget).sum().item()
+        return clipped_sums(workbench.backend, dataset, drawn, theta, phase, shapes=shapes).sum().item()
 
     def forward(dataset: EncodedDataset) -> object:
         batch, _ = dataset.batch(np.arange(len(dataset)), device)
@@ -131,14 +132,14 @@ def _measure_steps(workbench: Workbench, phase: PhasePlan, start: float, clock: 
     ]
     times = [[_timed(task, clock) for task in tasks] for _ in range(1 + _REPEATS)][1:]  # the first warms up
     *gradient, forwards, releases = (statistics.median(column) for column in zip(*times, strict=True))
-    token, row = _apart(gradient, widths, budget)
+    token, row = _apart(gradient, widths, shapes.token_budget)
     tokens = len(full[-1]) * int(full[-1].lengths[0])
     return Speed(start=start, gradient_token=token, gradient_row=row, forward_token=forwards / tokens, release=releases)
 
 
 def _apart(seconds: Sequence[float], widths: Sequence[int], budget: int) -> tuple[float, float]:
     """Seconds of a token and of a row that give those of a full micro-batch of either width; never below 0."""
-    (narrow, wide), rows = seconds, [max(2, budget // width) for width in widths]
+    (narrow, wide), rows = seconds, [most_rows(width, budget) for width in widths]
     tokens = [count * width for count, width in zip(rows, widths, strict=True)]
     row = (narrow * tokens[1] - wide * tokens[0]) / (rows[0] * tokens[1] - rows[1] * tokens[0])
     row = min(max(row, 0.0), narrow / rows[0])
@@ -147,7 +148,7 @@ def _apart(seconds: Sequence[float], widths: Sequence[int], budget: int) -> tupl
 
 def _full_batch(workbench: Workbench, width: int) -> EncodedDataset:
     """As many random records of `width` tokens as share a micro-batch; public."""
-    count = max(2, workbench.execution.token_budget // width) - 1
+    count = most_rows(width, workbench.execution.token_budget) - 1
     draw, labels = PublicSeed.from_int(0).numpy("speed", width), workbench.classifier.num_labels
     return EncodedDataset(
         ids=draw.integers(0, len(workbench.classifier.tokenizer), count * width).astype(np.int32),
