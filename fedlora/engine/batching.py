@@ -47,8 +47,8 @@ def most_rows(columns: int, token_budget: int) -> int:
 def columns_of(lengths: np.ndarray, longest: int) -> np.ndarray:
     """Columns that records of `lengths` [N] take; at most `longest`, what the model can take and no record's doing."""
     ladder = np.array(_COLUMNS)
-    columns: np.ndarray = ladder[np.searchsorted(ladder, np.maximum(lengths, 1))]
-    return np.minimum(columns, longest)
+    columns: np.ndarray = np.minimum(ladder[np.searchsorted(ladder, np.maximum(lengths, 1))], longest)
+    return columns
 
 
 def fixed_shapes(

@@ -95,7 +95,7 @@ class Shaped(Gossip):
 
     def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
         ids = batch["input_ids"].float()
-        return [ids[:, :3] * (1 + 2**-20 * (len(ids) >= 8) * (ids[:, :1] > 20))]
+        return [ids[:, :3] * (1 + 2**-20 * (len(ids) >= 8))]
 
 
 class Placed(Gossip):
@@ -160,8 +160,7 @@ def test_a_head_that_silences_gradients_does_not_blind_the_check(
     make_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server may send a head of zeros first and another one later; what was found out under the first must hold."""
-    bench = make_bench("privacy.seeded_noise=false")
-    bench.classifier.clear_head()
+    bench = make_bench("model.head=prototype", "privacy.seeded_noise=false")
     seen = []
     genuine = company._fingerprints
 
