@@ -19,6 +19,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     model, flags = _cpu()
+    card = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "cpu": model,
@@ -27,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "versions": versions(PACKAGES),
-    }
+    } | card
 
 
 def load_average() -> list[float]:

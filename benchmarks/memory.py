@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -33,10 +35,16 @@ def _measure(contender: str, dtype: str, attention: str, records: str, tokens: s
     taker = CONTENDERS[contender](Base.load(Execution(dtype, attention)), Settings())
     taker.step(*padded_batch(2, 8))
     batch = padded_batch(int(records), int(tokens))
+    before, peak = peak_during(lambda: taker.step(*batch))
+    return peak - before
+
+
+def peak_during(task: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that this process has resident before `task`, and the most while it runs. Linux only."""
     CLEAR.write_text("5", encoding="ascii")  # resets VmHWM to VmRSS
     before = _status("VmRSS")
-    taker.step(*batch)
-    return _status("VmHWM") - before
+    task()
+    return before, _status("VmHWM")
 
 
 def _status(key: str) -> int:

@@ -31,9 +31,10 @@ def conditions(machine: dict[str, Any]) -> str:
     """One paragraph on where the figures come from."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     features = ", ".join(machine["cpu_features"]) or "unknown"
+    card = f"{machine['accelerator']}, " if "accelerator" in machine else ""
     before, after = (" ".join(map(str, machine[key])) for key in ("load_average", "load_average_after"))
     return (
-        f"`{machine['command']}` on {machine['date']}: {machine['cpu']} ({features}), {machine['cores']} cores, "
+        f"`{machine['command']}` on {machine['date']}: {card}{machine['cpu']} ({features}), {machine['cores']} cores, "
         f"{machine['threads']} threads used, load average {before} before and {after} after; "
         f"{versions}."
     )

@@ -8,9 +8,10 @@ After three examples of github.com/adap/flower:
   text of a batch by transformers' collator;
 * `examples/flowertune-llm`: base model read for every message and put under PEFT, only PEFT's own state travels.
 
-`padding = "max_length"` pads to 128 tokens instead, as Opacus' tutorial on text classification does. Where they leave
-a choice, the quicker way is taken: only B travels; metrics come from the server, on a model that it keeps, and not from
-clients that load one for it; actors have as many CPUs as fedlora's.
+That is the manner `model = "per message"`. With `model = "cached"` a process keeps tokenizer and PEFT model once it has
+read them, which none of the examples does; optimiser and PrivacyEngine are new for every message still. Where the
+examples leave a choice, the quicker way is taken: only B travels; metrics come from the server, on a model that it
+keeps, and not from clients that load one for it; all of a machine's CPUs have an actor.
 
 fedlora gives the records, their partition and the folder with the weights, the same as its own; and no engine.
 """

@@ -1,4 +1,4 @@
-"""The example's ClientApp: everything anew for every message."""
+"""The example's ClientApp: data, model and PrivacyEngine for every message."""
 
 from __future__ import annotations
 

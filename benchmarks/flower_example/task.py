@@ -26,22 +26,27 @@ State = dict[str, torch.Tensor]
 
 
 def get_model(settings: Settings) -> nn.Module:
-    """The base model under PEFT, head and A frozen; A and the head are the same everywhere, from one seed."""
+    """The base model under PEFT, read anew or, with `model = "cached"`, once in a process."""
+    load = _kept_model if settings["model"] == "cached" else _load_model
+    return load(settings["model-folder"], settings["rank"], settings["alpha"])
+
+
+def _load_model(folder: str, rank: int, alpha: float) -> nn.Module:
+    """Head and A frozen; they are the same everywhere, from one seed."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(
-        settings["model-folder"],
-        num_labels=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        folder, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa"
     )
-    adapter = LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], target_modules=["query", "value"], lora_dropout=0.0
-    )
+    adapter = LoraConfig(r=rank, lora_alpha=int(alpha), target_modules=["query", "value"], lora_dropout=0.0)
     model: nn.Module = get_peft_model(base, adapter)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
     torch.seed()  # noise and batches must not follow from it
     return model
+
+
+_kept_model = functools.cache(_load_model)
+_kept_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
 
 
 def get_state(model: nn.Module) -> State:
@@ -77,9 +82,9 @@ def load_test_data(settings: Settings) -> DataLoader[Any]:
 
 
 def _loader(settings: Settings, texts: list[str], labels: Any, batch_size: int, shuffle: bool) -> DataLoader[Any]:
-    tokenizer = AutoTokenizer.from_pretrained(settings["model-folder"])
-    fixed = settings["padding"] == "max_length"
-    encoded = tokenizer(texts, truncation=True, max_length=128, padding="max_length" if fixed else False)
+    load = _kept_tokenizer if settings["model"] == "cached" else AutoTokenizer.from_pretrained
+    tokenizer = load(settings["model-folder"])
+    encoded = tokenizer(texts, truncation=True, max_length=128, padding=False)
     rows = [
         {**{key: values[i] for key, values in encoded.items()}, "labels": int(labels[i])} for i in range(len(texts))
     ]
@@ -107,6 +112,7 @@ def train(model: nn.Module, loader: DataLoader[Any], settings: Settings) -> floa
         labels = batch.pop("labels")
         criterion(private(**batch).logits, labels).backward()
         optimizer.step()
+    private.to_standard_module()  # takes Opacus' hooks off a model that is used again
     return float(engine.get_epsilon(delta=settings["target-delta"]))
 
 
