@@ -60,20 +60,26 @@ def enrol(message: Message, context: Context) -> RecordDict:
 @app.train()
 @fixed_code_on_failure
 def train(message: Message, context: Context) -> RecordDict:
-    """One round of this node's site."""
-    answer = _answer("round", message, context)
-    if answer.code != "ok":
-        return _failure(answer.code)
-    return RecordDict({"update": ArrayRecord({"bytes": Array("uint8", (len(answer.update),), "bytes", answer.update)})})
+    """One round of this node's site; in Flower's simulation engine, of all its clients that the message names."""
+    if "asked" not in message.content or not _is_simulated(context):
+        return _told(_answer("round", message, context))
+    from clients.simulated import answers
+
+    found = answers(_request("round", message, context), _asked(message), context)
+    return RecordDict({f"{kind}-{client}": told for client, one in found.items() for kind, told in _told(one).items()})
+
+
+def _request(ask: Ask, message: Message, context: Context) -> Request:
+    instruction = _instruction(message) if ask == "round" else b""
+    return Request(ask=ask, client=_client(context), config=dict(context.run_config), instruction=instruction)
 
 
 def _answer(ask: Ask, message: Message, context: Context) -> Answer:
-    instruction = _instruction(message) if ask == "round" else b""
-    request = Request(ask=ask, client=_client(context), config=dict(context.run_config), instruction=instruction)
+    request = _request(ask, message, context)
     address = _daemon(context.node_config)
     if address is not None:
         return address.ask(request, limit=message.metadata.ttl)
-    if _in_simulation_engine():
+    if _is_simulated(context):
         from clients.simulated import answer
 
         return answer(request, context)
@@ -88,6 +94,10 @@ def _daemon(node: Mapping[str, object]) -> DaemonAddress | None:
     keys = {"place": "site", "authority": "site-authority", "certificate": "site-certificate", "key": "site-key"}
     told = {name: str(node[key]) for name, key in keys.items() if key in node}
     return DaemonAddress(**told) if "place" in told else None
+
+
+def _is_simulated(context: Context) -> bool:
+    return _daemon(context.node_config) is None and _in_simulation_engine()
 
 
 def _in_simulation_engine() -> bool:
@@ -116,6 +126,17 @@ def _instruction(message: Message) -> bytes:
         return bytes(message.content["instruction"]["bytes"].data)  # type: ignore[union-attr]
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ProtocolError("a message without an instruction; do server and client run the same fedlora?") from error
+
+
+def _asked(message: Message) -> list[int]:
+    """Which of the clients of a simulation's node are to do the round."""
+    return list(message.content["asked"]["clients"])  # type: ignore[arg-type]
+
+
+def _told(answer: Answer) -> RecordDict:
+    if answer.code != "ok":
+        return _failure(answer.code)
+    return RecordDict({"update": ArrayRecord({"bytes": Array("uint8", (len(answer.update),), "bytes", answer.update)})})
 
 
 def _failure(code: str, client: int | None = None) -> RecordDict:

@@ -197,6 +197,9 @@ class RunSection(Section, section="run"):
     seed: int = setting(0, "public: frozen A, partition, random head", at_least=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     transport: Literal["cohort", "flower"] = setting("cohort", "cohort: in this process | flower: simulation engine")
+    workers: int | Literal["auto"] = setting(
+        "auto", "processes that share the clients of transport = flower; auto: one for each GPU, or core", at_least=1
+    )
     evaluate_every: int = setting(1, "rounds between evaluations on public validation data", at_least=1)
     out: str = setting("", "run folder; empty: runs/<task>-<method>-<time>")
 
@@ -307,6 +310,7 @@ class RunConfig:
 _NO_PART_OF_THE_RESULT = (
     ("run", "out"),
     ("run", "transport"),
+    ("run", "workers"),
     ("federation", "minimum_clients"),
     ("federation", "join_deadline"),
     ("federation", "round_deadline"),

@@ -7,6 +7,7 @@ once more with the same `run.out`, an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 from flwr.app import Context
@@ -23,7 +24,7 @@ from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.monitoring.logs import configure_logging_from
 from server.answers import RoundAnswers
 from server.roster import Roster
-from server.transport import GridTransport
+from server.transport import ASK_SILENT_AGAIN, GridTransport
 
 app = ServerApp()
 log = logging.getLogger("fedlora.server")
@@ -56,8 +57,12 @@ def prepare(config: RunConfig) -> Workbench:
     return workbench
 
 
-def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progress) -> None:
+def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progress, workers: int | None = None) -> None:
     """Do the rounds that `folder` lacks with the nodes of `grid`.
+
+    Args:
+        workers: nodes that share the clients, where the caller has started them itself in Flower's simulation engine;
+            None: every node is one client, as wherever a node may be somebody else's.
 
     Raises:
         RunFolderError: the folder holds no state of this run, or another process is at work on it.
@@ -65,7 +70,8 @@ def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progres
     """
     config, federation = workbench.config, workbench.config.federation
     folder.failure_file.unlink(missing_ok=True)  # of a submission before this one
-    roster = Roster(grid=grid, clients=federation.clients, ttl=federation.round_deadline)
+    clients = federation.clients
+    roster = Roster(grid=grid, clients=clients, workers=workers or clients, ttl=federation.round_deadline)
     with folder.failing():
         roster.wait(federation.join_deadline, federation.minimum_clients)
     transport = GridTransport(
@@ -73,5 +79,6 @@ def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progres
         answers=RoundAnswers(folder.answers_folder),
         round_deadline=federation.round_deadline,
         rejoin_deadline=federation.rejoin_deadline,
+        patience=ASK_SILENT_AGAIN if workers is None else math.inf,  # an engine in our own hands loses no message
     )
     run_server(config, folder, workbench, transport, (), progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -33,18 +34,23 @@ class Post(Generic[Subject]):
         known = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
         return [(self._under_way.pop(about), reply) for about, reply in known if about in self._under_way]
 
-    def waits_for(self, about: Subject) -> bool:
-        return about in self._under_way.values()
+    @property
+    def waits_for(self) -> Collection[Subject]:
+        """What the messages are about that have had no reply."""
+        return self._under_way.values()
 
 
 def failure_in(reply: Message) -> str | None:
-    """The code by which a reply says that it is none; one of the sender's own making is a breach of protocol."""
-    if reply.has_error():
-        return "no_reply"
-    if "failure" not in reply.content:
+    """The code by which a reply says that it is none."""
+    return "no_reply" if reply.has_error() else code_in(reply.content)
+
+
+def code_in(content: RecordDict) -> str | None:
+    """The code of a failure; one of the sender's own making is a breach of protocol."""
+    if "failure" not in content:
         return None
     try:
-        code = reply.content["failure"]["code"]
+        code = content["failure"]["code"]
     except (KeyError, TypeError):
         return "protocol"
     return code if isinstance(code, str) and code in FAILURE_CODES else "protocol"

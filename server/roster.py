@@ -26,10 +26,16 @@ log = logging.getLogger("fedlora.server")
 
 @dataclass(kw_only=True)
 class Roster:
-    """The nodes of a run. Every new one is asked which client it is, whenever it comes."""
+    """The nodes of a run. Every new one is asked which client it is, whenever it comes.
+
+    A node is one client. Only whoever starts all nodes itself, in Flower's simulation engine, has fewer of them than
+    clients: node w then has the clients w, w + workers, w + 2 workers, … That is for us to say, and for no node.
+    """
 
     grid: Grid
     clients: int
+    workers: int
+    """Nodes among which the clients are divided."""
     ttl: float
     """Seconds that a node may take to say who it is: its site loads records and model for that."""
     nodes: dict[int, int] = field(default_factory=dict)
@@ -47,6 +53,11 @@ class Roster:
 
     def __post_init__(self) -> None:
         self._post = Post(grid=self.grid)
+
+    @property
+    def divides(self) -> bool:
+        """Whether a node has several clients."""
+        return self.workers < self.clients
 
     def wait(self, deadline: float, minimum: int) -> None:
         """Until all clients are there; at the deadline, `minimum` of them do.
@@ -88,7 +99,7 @@ class Roster:
             self._looked, self.online = now, frozenset(self.grid.get_node_ids())
             known = set(self.nodes.values())
             for node in sorted(self.online - known):
-                if not self._post.waits_for(node) and self._due.get(node, now) <= now:
+                if node not in self._post.waits_for and self._due.get(node, now) <= now:
                     self._due[node] = now + ASK_AGAIN
                     self._post.send(RecordDict(), node, MessageType.QUERY, node, ttl=self.ttl)
         for node, reply in self._post.fetch():
@@ -106,24 +117,26 @@ class Roster:
         return node if node in self.online else None
 
     def _enter(self, node: int, reply: Message) -> None:
-        code, client = self._read(reply)
-        if code != "ok" or client is None:
+        code, first = self._read(reply)
+        clients = () if first is None else range(first, self.clients, self.workers)
+        if code != "ok" or first is None:
             self.kept_out[node] = code
             if code not in (*TRY_AGAIN, "no_reply"):
                 self._due[node] = time.monotonic() + ASK_REFUSED_AGAIN
-                self.refused |= {} if client is None or client in self.nodes else {client: code}
+                self.refused |= {client: code for client in clients if client not in self.nodes}
             return
         self.kept_out.pop(node, None)
-        self.refused.pop(client, None)
-        before = self.nodes.get(client)
+        before = self.nodes.get(first)
         if before in self.online and before != node:
-            raise FedloraError(f"two nodes have partition-id {client}; give every SuperNode its own")
-        self.nodes[client] = node
+            raise FedloraError(f"two nodes have partition-id {first}; give every SuperNode its own")
+        for client in clients:
+            self.refused.pop(client, None)
+            self.nodes[client] = node
         if before is not None:
-            log.warning("client %d is back, as another node", client)
+            log.warning("client %d is back, as another node", first)
 
     def _read(self, reply: Message) -> tuple[str, int | None]:
-        """The code "ok", or that of what kept the node out, and which client it is, where it says so."""
+        """The code "ok", or that of what kept the node out, and which client it is, or its first, where it says so."""
         if (code := failure_in(reply)) is not None:
             return code, self._client_in(reply)
         try:
@@ -131,9 +144,9 @@ class Roster:
             client, known, digest = answer["client"], answer["nodes"], answer["code_digest"]
         except (KeyError, TypeError):
             return "protocol", None
-        if type(client) is not int or not 0 <= client < self.clients or type(known) is not int:
+        if type(client) is not int or not 0 <= client < self.workers or type(known) is not int:
             return "protocol", None
-        if 0 < known < self.clients:
+        if 0 < known < self.workers:
             raise FedloraError(
                 f"the federation has {known} nodes, but federation.clients = {self.clients}; for a simulation add "
                 f'--federation-config "num-supernodes={self.clients}" to flwr run, or set federation.clients'
@@ -150,7 +163,7 @@ class Roster:
             client = reply.content["failure"]["client"]
         except (KeyError, TypeError, ValueError):
             return None
-        return client if type(client) is int and 0 <= client < self.clients else None
+        return client if type(client) is int and 0 <= client < self.workers else None
 
 
 def _listed(clients: Iterable[int], most: int = 8) -> str:

@@ -9,7 +9,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedlora.errors import ProtocolError
 from fedlora.federation import wire
@@ -17,7 +17,7 @@ from fedlora.federation.failures import TRY_AGAIN
 from fedlora.federation.messages import ClientFailure, ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
 from server.answers import RoundAnswers
-from server.post import Post, failure_in
+from server.post import Post, code_in, failure_in
 from server.roster import ASK_AGAIN, Roster
 
 ASK_SILENT_AGAIN = 60.0
@@ -38,6 +38,7 @@ class GridTransport:
     """Seconds for a round."""
     rejoin_deadline: float
     """Seconds that a round waits for a client that has gone, its node or its site's daemon."""
+    patience: float = ASK_SILENT_AGAIN
     _gone_since: dict[int, float] = field(default_factory=dict)
 
     def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
@@ -48,13 +49,15 @@ class GridTransport:
             post=Post(grid=self.roster.grid),
             waiting=set(clients) - replies.keys(),
             end=time.monotonic() + self.round_deadline,
+            patience=self.patience,
         )
         begun = time.monotonic()
         while exchange.waiting and time.monotonic() < exchange.end:
             self.roster.look()
             self._ask(exchange, replies)
-            for (client, node), reply in exchange.post.fetch():
-                self._take(exchange, client, node, _read(reply, client, node), replies)
+            for (node, asked), reply in exchange.post.fetch():
+                for client, answer in _read(reply, node, asked, self.roster.divides).items():
+                    self._take(exchange, client, node, answer, replies)
             if all(self._is_gone(exchange, client) for client in exchange.waiting):
                 break
             time.sleep(min(max(SHORTEST_POLL, POLL_SHARE * (time.monotonic() - begun)), LONGEST_POLL))
@@ -62,6 +65,7 @@ class GridTransport:
 
     def _ask(self, exchange: _Exchange, replies: dict[int, Reply]) -> None:
         now = time.monotonic()
+        due: dict[int, list[int]] = {}
         for client in sorted(exchange.waiting):
             node = self.roster.online_node(client)
             if client in self.roster.refused:
@@ -69,7 +73,9 @@ class GridTransport:
             elif node is None:
                 self._gone_since.setdefault(client, now)
             elif exchange.due.get((client, node), now) <= now:
-                exchange.ask(client, node, now)
+                due.setdefault(node, []).append(client)
+        for node, asked in due.items():
+            exchange.ask(node, tuple(asked), now, self.roster.divides)
 
     def _take(self, exchange: _Exchange, client: int, node: int, reply: _Read, replies: dict[int, Reply]) -> None:
         now = time.monotonic()
@@ -95,7 +101,7 @@ class GridTransport:
     def _is_gone(self, exchange: _Exchange, client: int) -> bool:
         """Whether nothing is to be expected of `client` in this round any more."""
         since, node = self._gone_since.get(client), self.roster.online_node(client)
-        computing = node is not None and exchange.post.waits_for((client, node))
+        computing = any(node == other and client in asked for other, asked in exchange.post.waits_for)
         return since is not None and not computing and time.monotonic() - since > self.rejoin_deadline
 
 
@@ -108,11 +114,13 @@ class _Exchange:
     """One round under way."""
 
     instruction: RoundInstruction
-    post: Post[tuple[int, int]]
-    """Its messages, by client and node."""
+    post: Post[tuple[int, tuple[int, ...]]]
+    """Its messages, by node and the clients that it is asked about."""
     waiting: set[int]
     """Clients that have given no final answer."""
     end: float
+    patience: float
+    """Seconds until a client that keeps silent is asked again, at first."""
     due: dict[tuple[int, int], float] = field(default_factory=dict)
     """When to ask a client at a node again."""
     _patience: dict[int, float] = field(default_factory=dict)
@@ -121,28 +129,46 @@ class _Exchange:
     def __post_init__(self) -> None:
         self._encoded = wire.encode_instruction(self.instruction)
 
-    def ask(self, client: int, node: int, now: float) -> None:
+    def ask(self, node: int, clients: tuple[int, ...], now: float, divides: bool) -> None:
         """Post the instruction. Flower may lose it with a process, unnoticed, so it is posted again after a while."""
-        patience = self._patience.get(client, ASK_SILENT_AGAIN)
-        self._patience[client], self.due[client, node] = 2 * patience, now + patience
+        for client in clients:
+            patience = self._patience.get(client, self.patience)
+            self._patience[client], self.due[client, node] = 2 * patience, now + patience
+        content = _packed(self._encoded)
+        if divides:
+            content["asked"] = ConfigRecord({"clients": list(clients)})
         self.post.send(
-            _packed(self._encoded),
+            content,
             node,
             MessageType.TRAIN,
-            (client, node),
+            (node, clients),
             ttl=self.end - now,
             group=str(self.instruction.round_index),
         )
 
 
-def _read(reply: Message, client: int, node: int) -> _Read:
-    """What the node of `client` answered. It speaks for nobody else, and an error's text is not looked at."""
+def _read(reply: Message, node: int, clients: tuple[int, ...], divides: bool) -> dict[int, _Read]:
+    """What `node` answered for each of `clients`. It speaks for nobody else, and an error's text is not looked at."""
     if (code := failure_in(reply)) is not None:
-        return code
+        return dict.fromkeys(clients, code)
     if reply.metadata.src_node_id != node:
-        return "protocol"
+        return dict.fromkeys(clients, "protocol")
+    if not divides:
+        return {client: _read_one(reply.content, client) for client in clients}
+    return {client: _read_one(_part(reply.content, client), client) for client in clients}
+
+
+def _part(content: RecordDict, client: int) -> RecordDict:
+    """What would be all of the reply if its node were `client` alone."""
+    kinds = {"update": f"update-{client}", "failure": f"failure-{client}"}
+    return RecordDict({kind: content[name] for kind, name in kinds.items() if name in content})
+
+
+def _read_one(content: RecordDict, client: int) -> _Read:
+    if (code := code_in(content)) is not None:
+        return code
     try:
-        data = bytes(reply.content["update"]["bytes"].data)  # type: ignore[union-attr]
+        data = bytes(content["update"]["bytes"].data)  # type: ignore[union-attr]
         update = wire.decode_update(data)
     except (ProtocolError, KeyError, AttributeError, TypeError, ValueError):
         return "protocol"

@@ -18,13 +18,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from fedlora.config import RunConfig
-from fedlora.errors import FedloraError
+from fedlora.errors import ConfigError, FedloraError
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import Progress
@@ -59,7 +60,10 @@ class ConfiguredClientApp(ClientApp):
 
 
 def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
-    """Do the rounds that `folder` lacks, with one Flower node for each client.
+    """Do the rounds that `folder` lacks, the clients divided among `run.workers` nodes of Flower's engine.
+
+    Args:
+        cpus: of this machine, for all workers together; a Ray cluster that is there already knows its own.
 
     Raises:
         InputError: anything the user can correct, found before any process is started.
@@ -67,6 +71,7 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
         FedloraError: the run failed.
     """
     config = folder.read_config()
+    _check_device(config)
     make_sites(config, load_simulated_data(config), make_schedule(config))
     outcome: list[BaseException | None] = []
     server_app = ServerApp()
@@ -76,18 +81,18 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
         from server.app import prepare, serve
 
         try:
-            serve(grid, prepare(config), folder, progress)
+            serve(grid, prepare(config), folder, progress, workers.number)
         except BaseException as error:  # Flower would log it and go on to an end that looks good
             outcome.append(error)
         else:
             outcome.append(None)
 
-    with ray_engine(config, cpus) as client_resources:
+    with ray_engine(config, cpus) as workers:
         run_simulation(
             server_app=server_app,
             client_app=ConfiguredClientApp(config),
-            num_supernodes=config.federation.clients,
-            backend_config={"client_resources": client_resources},
+            num_supernodes=workers.number,
+            backend_config=workers.backend_config,
         )
     if not outcome:
         raise FedloraError("Flower's engine ended before the run did; its own log above says why")
@@ -95,38 +100,109 @@ def simulate(folder: RunFolder, progress: Progress, cpus: int) -> None:
         raise outcome[0]
 
 
-@contextmanager
-def ray_engine(config: RunConfig, cpus: int) -> Iterator[dict[str, Any]]:
-    """Ray, with as many actors as clients and CPUs allow; yields the resources of one actor.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What Ray may use of one machine."""
 
-    Ray gives an actor as many torch threads as CPUs. A GPU has one actor: two would only take turns. Flower uses a Ray
-    that it finds running, and leaves it to us to wait with an interrupt until Ray's processes can be found and ended.
+    cpus: int
+    gpus: int = 0
+
+    def holds(self, cpus: int, gpus: int) -> int:
+        """How many actors that need so much each."""
+        return min(self.cpus // cpus, self.gpus // gpus if gpus else self.cpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Among how many nodes of Flower's engine the clients are divided, and what does their work.
+
+    A node's messages go to whichever actor is free; there are fewer actors than nodes where CPUs or GPUs are few.
     """
-    gpus = torch.cuda.device_count() if config.run.device.startswith("cuda") else 0
-    actors = min(config.federation.clients, gpus or cpus)
-    threads = max(1, cpus // actors)
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the actors import the same code as this process
+
+    number: int
+    actors: int
+    cpus: int
+    """Of an actor: Ray gives it as many torch threads."""
+    gpus: int
+    """Of an actor: one or none; two actors on a GPU would only take turns."""
+
+    @property
+    def backend_config(self) -> dict[str, Any]:
+        """What an actor gets, as Flower wants it."""
+        return {"client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus}}
+
+    @classmethod
+    def on(cls, machines: Sequence[Machine], config: RunConfig) -> Workers:
+        """As `run.workers` says; "auto" is one for each GPU, or for each CPU.
+
+        Raises:
+            ConfigError: there is no such device as the run wants.
+        """
+        gpus = 1 if config.run.device.startswith("cuda") else 0
+        all_cpus = sum(machine.cpus for machine in machines)
+        places = sum(machine.gpus for machine in machines) if gpus else all_cpus
+        if not places:
+            raise ConfigError(f"run.device = {config.run.device}, but Ray has no such device; choose another")
+        asked = places if config.run.workers == "auto" else config.run.workers
+        number = min(asked, config.federation.clients)
+        actors = min(number, places)
+        fitting = (
+            cpus
+            for cpus in range(all_cpus // actors, 1, -1)
+            if sum(machine.holds(cpus, gpus) for machine in machines) >= actors
+        )
+        return cls(number=number, actors=actors, cpus=next(fitting, 1), gpus=gpus)
+
+
+@contextmanager
+def ray_engine(config: RunConfig, cpus: int) -> Iterator[Workers]:
+    """Ray, on this machine or, where RAY_ADDRESS names one, the cluster that is there; yields what is to work on it.
+
+    Flower uses a Ray that it finds running, and leaves it to us to wait with an interrupt until Ray's processes can be
+    found and ended.
+    """
+    search_path = os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the actors import what this process does
     # Below /tmp, as Ray itself does: its sockets lie there, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="fedlora-ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         try:
             with _interrupts_deferred():
-                ray.init(
-                    num_cpus=actors * threads,
-                    num_gpus=gpus,
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    log_to_driver=True,  # a client's log is the only place that says why it failed
-                    _temp_dir=scratch,
-                )
-            yield {"num_cpus": threads, "num_gpus": 1 if gpus else 0}
+                said: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}  # why a client failed
+                if os.environ.get("RAY_ADDRESS"):
+                    ray.init(runtime_env={"env_vars": {"PYTHONPATH": search_path}}, **said)
+                    workers = Workers.on(_cluster(), config)
+                else:
+                    workers = Workers.on([Machine(cpus=cpus, gpus=torch.cuda.device_count())], config)
+                    ray.init(
+                        address="local",
+                        num_cpus=workers.actors * workers.cpus,
+                        num_gpus=workers.actors * workers.gpus,
+                        include_dashboard=False,
+                        _temp_dir=scratch,
+                        **said,
+                    )
+            yield workers
         finally:
             ray.shutdown()
+
+
+def _cluster() -> list[Machine]:
+    offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Machine(cpus=int(one.get("CPU", 0)), gpus=int(one.get("GPU", 0))) for one in offered]
+
+
+def _check_device(config: RunConfig) -> None:
+    """Every worker sees one GPU, its own, under the name "cuda"."""
+    if config.run.device.startswith("cuda:"):
+        raise ConfigError(
+            f"run.device = {config.run.device}, but under Flower every worker gets a GPU of its own; set "
+            "run.device=cuda, and CUDA_VISIBLE_DEVICES to those that may be used"
+        )
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulations.flower", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="folder with config.toml")
-    parser.add_argument("--cpus", type=int, default=torch.get_num_threads(), help="CPUs for the clients")
+    parser.add_argument("--cpus", type=int, default=torch.get_num_threads(), help="CPUs for the workers")
     chosen = parser.parse_args(arguments)
     if chosen.cpus < 1:
         parser.error(f"--cpus {chosen.cpus}, wanted at least 1")

@@ -42,13 +42,15 @@ def main(settings: dict[str, Any]) -> list[float]:
             evaluate_fn=evaluate,
         )
 
-    config = RunConfig.from_mapping({"federation": {"clients": settings["clients"]}, "run": {"device": "cpu"}})
-    with ray_engine(config, settings["cpus"]) as client_resources:
+    config = RunConfig.from_mapping(
+        {"federation": {"clients": settings["clients"]}, "run": {"device": "cpu", "workers": settings["clients"]}}
+    )
+    with ray_engine(config, settings["cpus"]) as workers:
         run_simulation(
             server_app=server_app,
             client_app=client_app,
-            num_supernodes=settings["clients"],
-            backend_config={"client_resources": client_resources},
+            num_supernodes=workers.number,
+            backend_config=workers.backend_config,
         )
     return accuracies
 

@@ -28,9 +28,11 @@ RUN_ID = 7
 class LocalGrid(Grid):
     """Copies what Ray copies. Node ids are not in the order of clients; each node has its own context."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, workers: int | None = None) -> None:
+        self.workers = workers
+        nodes = workers or config.federation.clients
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-        self.contexts = {1000 - client: context_of(client, config) for client in range(config.federation.clients)}
+        self.contexts = {1000 - node: context_of(node, config, nodes) for node in range(nodes)}
         self.forgetful = False
         """Whether every message meets a new process, which knows only what is in the context."""
         self.silent: set[int] = set()
@@ -78,11 +80,11 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
 
-def context_of(client: int, config: RunConfig) -> Context:
+def context_of(node: int, config: RunConfig, nodes: int) -> Context:
     return Context(
         run_id=RUN_ID,
-        node_id=1000 - client,
-        node_config={"partition-id": client, "num-partitions": config.federation.clients},
+        node_id=1000 - node,
+        node_config={"partition-id": node, "num-partitions": nodes},
         state=RecordDict(),
         run_config=dict(config.to_flower()),
     )
@@ -90,7 +92,8 @@ def context_of(client: int, config: RunConfig) -> Context:
 
 def forget() -> None:
     """What a new process has not."""
-    clients.simulated._cohort.cache_clear()
+    clients.simulated._site.cache_clear()
+    clients.simulated._ledger.cache_clear()
 
 
 class Silent:
@@ -104,7 +107,7 @@ class Silent:
 def run(config: RunConfig, grid: LocalGrid) -> Path:
     workbench = prepare(config)
     folder = RunFolder.of(config)
-    serve(grid, workbench, folder, Silent())
+    serve(grid, workbench, folder, Silent(), grid.workers)
     return folder.path
 
 

@@ -66,9 +66,11 @@ def test_both_transports_end_with_the_same_adapter(
     run_over_both(config.with_overrides(*overrides), tmp_path, forgetful=forgetful)
 
 
-def run_over_both(config: RunConfig, folder: Path, *, forgetful: bool) -> tuple[LocalGrid, Path, Path]:
+def run_over_both(
+    config: RunConfig, folder: Path, *, forgetful: bool, workers: int | None = None
+) -> tuple[LocalGrid, Path, Path]:
     """Flower's grid, and the run folders of its and of the cohort's transport, which ended alike."""
-    grid = LocalGrid(config)
+    grid = LocalGrid(config, workers)
     grid.forgetful = forgetful
     flower = run(config, grid)
     fused = simulate(config.with_overrides(f"run.out='{folder / 'cohort'}'"), Silent())
@@ -303,7 +305,7 @@ def test_a_node_that_runs_other_code_ends_the_run(config: RunConfig, monkeypatch
 
 
 def test_flower_runs_the_server_app_with_its_own_folder(config: RunConfig) -> None:
-    context = context_of(0, config)
+    context = context_of(0, config, config.federation.clients)
     server_app(LocalGrid(config), context)
     record = json.loads((Path(config.run.out) / "record.json").read_text())
     assert record["config"]["run"]["transport"] == "flower"

@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class Launched:
     """`python -m simulations.flower RUN_DIR`, started outside the checkout; its mark is in every process it starts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.mark = f"FEDLORA_TEST_MARK={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "simulations.flower", str(folder), "--cpus", "2"],
             cwd=folder.parent,
-            env={**os.environ, "PYTHONPATH": str(ROOT), name: value},
+            env={**os.environ, "PYTHONPATH": str(ROOT), name: value, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,7 +86,7 @@ def make_run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., R
             "training": {"expected_batch_size": 8},
             "privacy": {"seeded_noise": True, "accountant": "rdp", "delta": 1e-3},
             "engine": {"token_budget": 4096},
-            "run": {"device": "cpu", "transport": "flower", "out": str(tmp_path / "flower")},
+            "run": {"device": "cpu", "transport": "flower", "workers": 3, "out": str(tmp_path / "flower")},
         }
         return RunConfig.from_mapping(tables, overrides)
 
@@ -118,6 +118,28 @@ def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     assert "limits of each site's own policy" in folder.privacy_file.read_text()
 
     fused = simulate(make_run("federation.rounds=6", f"run.out='{tmp_path / 'cohort'}'"), Silent())
+    ours, theirs = (load_file(next((path / "adapter").glob("adapter*.safetensors"))) for path in (folder.path, fused))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
+    records = [json.loads((path / "record.json").read_text()) for path in (folder.path, fused)]
+    assert records[0]["clients"] == records[1]["clients"]
+
+
+def test_two_workers_with_a_share_of_the_clients_each_end_with_the_cohorts_adapter(
+    make_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Which process a worker's message meets is Ray's to choose; what its clients' optimisers keep follows them."""
+    options = (
+        "federation.clients=5", "data.generated_records=400", "federation.participation=0.6", "run.workers=2",
+        "training.keep_state=true", "training.optimizer=adam", "training.learning_rate=0.1",
+    )  # fmt: skip
+    folder = RunFolder.create(make_run(*options))
+    launched = Launched(folder.path)
+    code, said = launched.wait()
+    assert code == 0, said
+    assert launched.leftovers() == []
+    assert [(line["clients_ok"], line["clients_failed"]) for line in folder.read_rounds()] == [(5, 0), *[(3, 0)] * 3]
+    fused = simulate(make_run(*options, f"run.out='{tmp_path / 'cohort'}'"), Silent())
     ours, theirs = (load_file(next((path / "adapter").glob("adapter*.safetensors"))) for path in (folder.path, fused))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
@@ -161,6 +183,12 @@ def test_bad_input_is_found_before_anything_is_started(make_run: Callable[..., R
     assert said.strip().splitlines()[-1].startswith("fedlora: privacy.delta = 0.4 is not below 1/n")
     assert "Traceback" not in said
     assert not folder.rounds_file.exists()
+
+
+def test_one_gpu_for_all_workers_is_refused(make_run: Callable[..., RunConfig]) -> None:
+    code, said = Launched(RunFolder.create(make_run("run.device=cuda:0")).path).wait()
+    assert code == 2, said
+    assert "CUDA_VISIBLE_DEVICES" in said.strip().splitlines()[-1]
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
