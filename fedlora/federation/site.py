@@ -5,6 +5,8 @@ The server asks; the site looks into its own copy of the public schedule and doe
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -63,8 +65,9 @@ class Site:
         """
         if self.run_id not in (None, instruction.run_id):
             raise ProtocolError(f"client {self.client} takes part in another run, and only in that")
-        entry = next((entry for entry in self.schedule if entry.index == instruction.round_index), None)
-        if entry is None or entry.phase != instruction.phase:
+        place = self._place(instruction.round_index)
+        entry = self.schedule[place] if place < len(self.schedule) else None
+        if entry is None or (entry.index, entry.phase) != (instruction.round_index, instruction.phase):
             raise ProtocolError(
                 f"client {self.client} is not scheduled for round {instruction.round_index} "
                 f"of phase {instruction.phase}"
@@ -81,11 +84,16 @@ class Site:
         Raises:
             ProtocolError: as `scheduled`.
         """
-        this, *later = [entry for entry in self.schedule if entry.index >= self.scheduled(instruction).index]
+        this = self.scheduled(instruction)
+        later = self._steps[-1] - self._steps[self._place(this.index) + 1]
         return Request(
             data_set=self.data_set,
-            charge=self._charge(this),
-            outlook=tuple(self._charge(entry) for entry in later),
+            charge=self._charge(this.phase, this.num_steps),
+            outlook=tuple(
+                self._charge(phase.name, int(steps))
+                for phase, steps in zip(self.plan.phases, later, strict=True)
+                if steps
+            ),
             run=instruction.run_id,
             round_index=this.index,
             purpose=this.phase,
@@ -94,11 +102,11 @@ class Site:
 
     def planned_charges(self) -> list[Charge]:
         """What all its scheduled rounds will be charged."""
-        return [self._charge(entry) for entry in self.schedule]
+        return [self._charge(entry.phase, entry.num_steps) for entry in self.schedule]
 
-    def _charge(self, entry: ScheduledRound) -> Charge:
+    def _charge(self, phase: str, num_steps: int) -> Charge:
         """Noise that anyone can repeat protects nothing, whatever the plan says."""
-        charge = self.plan[entry.phase].charge(entry.num_steps)
+        charge = self.plan[phase].charge(num_steps)
         return replace(charge, noise_multiplier=0.0) if self.secret.is_seeded else charge
 
     def admit(self, instruction: RoundInstruction) -> ScheduledRound:
@@ -115,9 +123,9 @@ class Site:
 
     def facts(self, entry: ScheduledRound) -> Facts:
         """Public facts after `entry`. Every scheduled round up to it counts, answered or not: the worst case."""
-        done = [past for past in self.schedule if past.index <= entry.index]
-        steps = {phase.name: sum(p.num_steps for p in done if p.phase == phase.name) for phase in self.plan.phases}
-        facts = self.plan.describe(steps, spent=self._epsilon_after[entry.index])
+        place = self._place(entry.index)
+        done = zip(self.plan.phases, self._steps[place + 1], strict=True)
+        facts = self.plan.describe({phase.name: int(steps) for phase, steps in done}, spent=self._spent[place])
         size = {} if self.public_size is None else {"num_examples": self.public_size}
         return {"client": self.client, **size, "noise_seeded": self.secret.is_seeded} | facts
 
@@ -126,8 +134,24 @@ class Site:
         """Those that teach the weights of a bilevel search."""
         return np.setdiff1d(self.records, self.gate_records)
 
+    def _place(self, index: int) -> int:
+        """Where the first scheduled round not before `index` stands in the schedule, which is in order."""
+        return bisect_left(self.schedule, index, key=lambda entry: entry.index)
+
     @cached_property
-    def _epsilon_after(self) -> dict[int, float]:
+    def _steps(self) -> np.ndarray:
+        """Private steps of each phase in the rounds before each place, int64 [rounds + 1, phases].
+
+        Asked for in every round of every site: a walk over the schedule each time would make long runs quadratic.
+        """
+        names = [phase.name for phase in self.plan.phases]
+        steps = np.zeros((len(self.schedule) + 1, len(names)), np.int64)
+        for place, entry in enumerate(self.schedule, 1):
+            steps[place, names.index(entry.phase)] = entry.num_steps
+        return steps.cumsum(axis=0)
+
+    @cached_property
+    def _spent(self) -> Sequence[float]:
+        """ε after each scheduled round."""
         charges = [[self.plan[entry.phase].charge(entry.num_steps)] for entry in self.schedule]
-        spent = epsilon_curve(charges, self.plan.delta, self.plan.accountant)
-        return {entry.index: value for entry, value in zip(self.schedule, spent, strict=True)}
+        return epsilon_curve(charges, self.plan.delta, self.plan.accountant)

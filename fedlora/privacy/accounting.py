@@ -106,7 +106,8 @@ def epsilon_with(earlier: Sequence[Charge], new: Sequence[Charge], delta: float,
     """Upper bound on ε of `earlier` releases and `new` ones, for one who pays round by round.
 
     What it composes of `earlier` is remembered in this process, so that the next round of the same kind costs one more
-    composition. No disk is read.
+    composition. So are answers, by all that they price: where `new` holds the rest of a run, each of its rounds moves
+    charges to `earlier` and asks the same question again. No disk is read.
 
     Args:
         earlier: charged so far; the kind that changes most often should come last.
@@ -125,15 +126,7 @@ def epsilon_with(earlier: Sequence[Charge], new: Sequence[Charge], delta: float,
     recent = [charge for charge in earlier if (charge.sampling_probability, charge.noise_multiplier) in kinds]
     rest = [charge for charge in earlier if (charge.sampling_probability, charge.noise_multiplier) not in kinds]
     charges = (*merged(rest), *merged([*recent, *new]))
-    if not charges:
-        return 0.0
-    if any(map(_is_open, charges)):
-        return math.inf
-    bound = _rdp_epsilon(charges, delta)
-    if bound <= enough or not _within_reach(charges, delta):
-        return bound
-    rough = _pld_on_grid(charges, delta - _delta_lost(charges), _rough_interval(charges))
-    return min(bound, rough) if rough <= enough else min(bound, _refine(charges, delta - _delta_lost(charges))[0])
+    return _enough_of_merged(charges, delta, enough)
 
 
 def rough_epsilon(charges: Sequence[Charge], delta: float, accountant: str = "pld") -> float:
@@ -163,13 +156,8 @@ def epsilon_curve(per_round: Sequence[Sequence[Charge]], delta: float, accountan
         ConfigError: as `epsilon`.
     """
     opened = next((i for i, charges in enumerate(per_round) if any(map(_is_open, charges))), len(per_round))
-    covered = [merged(charges) for charges in per_round[:opened]]
-    total = epsilon([charge for charges in covered for charge in charges], delta, accountant)
-    walk = _rdp_curve if accountant == "rdp" else _pld_curve
-    bounds = [*walk(covered, delta)[:-1], total] if covered else []
-    for earlier in range(len(bounds) - 2, -1, -1):
-        bounds[earlier] = min(bounds[earlier], bounds[earlier + 1])
-    return bounds + [math.inf] * (len(per_round) - opened)
+    bounds = _curve_of_merged(tuple(merged(charges) for charges in per_round[:opened]), delta, accountant)
+    return [*bounds, *[math.inf] * (len(per_round) - opened)]
 
 
 def check_delta(delta: float) -> None:
@@ -222,6 +210,30 @@ def _epsilon_of_merged(charges: Merged, delta: float, accountant: str) -> float:
     if any(_is_open(charge) for charge in charges):
         return math.inf
     return _rdp_epsilon(charges, delta) if accountant == "rdp" else _pld_epsilon(charges, delta)
+
+
+@functools.lru_cache(maxsize=64)
+def _curve_of_merged(covered: tuple[Merged, ...], delta: float, accountant: str) -> tuple[float, ...]:
+    """Remembered: sites of equal size have equal curves."""
+    total = epsilon([charge for charges in covered for charge in charges], delta, accountant)
+    walk = _rdp_curve if accountant == "rdp" else _pld_curve
+    bounds = [*walk(covered, delta)[:-1], total] if covered else []
+    for earlier in range(len(bounds) - 2, -1, -1):
+        bounds[earlier] = min(bounds[earlier], bounds[earlier + 1])
+    return tuple(bounds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _enough_of_merged(charges: Merged, delta: float, enough: float) -> float:
+    if not charges:
+        return 0.0
+    if any(map(_is_open, charges)):
+        return math.inf
+    bound = _rdp_epsilon(charges, delta)
+    if bound <= enough or not _within_reach(charges, delta):
+        return bound
+    rough = _pld_on_grid(charges, delta - _delta_lost(charges), _rough_interval(charges))
+    return min(bound, rough) if rough <= enough else min(bound, _refine(charges, delta - _delta_lost(charges))[0])
 
 
 # Privacy loss distributions --------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fedlora.errors import ProtocolError
+from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge
@@ -120,6 +122,24 @@ def test_epsilon_after_every_round_is_that_of_what_ran_so_far(make_federation: A
         again = accounting.epsilon(charges, facts["delta"], facts["accountant"])
         # On the grid of the whole run, a bound on the first rounds is up to a few percent above the tightest.
         assert again * (1 - 5e-4) <= facts["epsilon"] <= again * 1.03
+
+
+def test_in_every_round_the_ledger_sees_this_round_and_all_that_is_left(make_federation: Any) -> None:
+    site = make_federation(*PARTIAL, "federation.private_evaluation=true", "privacy.seeded_noise=false").sites[0]
+    whole = accounting.merged(site.planned_charges())
+    charged: list[Charge] = []
+    for entry in site.schedule:
+        asked = site.request(instruction_for(entry))
+        assert asked.charge == site.plan[entry.phase].charge(entry.num_steps)
+        assert accounting.merged([*charged, asked.charge, *asked.outlook]) == whole
+        charged.append(asked.charge)
+    assert asked.outlook == ()
+
+
+def instruction_for(entry: ScheduledRound) -> RoundInstruction:
+    return RoundInstruction(
+        run_id="run", round_index=entry.index, phase=entry.phase, layout_digest="", theta=torch.zeros(1)
+    )
 
 
 def test_partial_participation_is_charged_for_exactly_the_scheduled_rounds(make_federation: Any) -> None:

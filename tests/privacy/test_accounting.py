@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedlora.errors import ConfigError
+from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Charge, epsilon, epsilon_curve, epsilon_with, event
 from fedlora.privacy.units import Guarantee, rounded_up
 
@@ -242,3 +243,39 @@ def test_paying_by_round_at_the_edges() -> None:
 def test_paying_by_round_near_float_rounding_is_priced_upwards(delta: float) -> None:
     charge = Charge(0.01, 1.415, 500)
     assert 1.8927 < epsilon_with([charge], [charge], delta) <= epsilon([charge, charge], delta, "rdp")
+
+
+def test_a_run_that_pays_with_its_rest_in_view_is_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round moves charges from what is left to what is charged; all of them together stay the same."""
+    rounds, delta = [Charge(0.03, 1.3, 7)] * 6, 3e-6
+    cap = epsilon(rounds, delta)
+    composed = counted(monkeypatch, "_pld_on_grid")
+    prices = {epsilon_with(rounds[:done], rounds[done:], delta, enough=cap * 0.999) for done in range(6)}
+    assert len(prices) == 1
+    assert prices.pop() == pytest.approx(cap, rel=1e-3)
+    first = len(composed)
+    assert first > 0, "the bound by RDP should not do"
+    epsilon_with(rounds, [*rounds[:1]], delta, enough=cap * 0.999)
+    assert len(composed) > first, "more steps are another question"
+
+
+def test_equal_sites_share_a_curve_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked = counted(monkeypatch, "_pld_curve")
+    curves = [epsilon_curve([[Charge(q, 1.7, 3)]] * 4, DELTA) for q in (0.04, 0.04, 0.05)]
+    assert curves[0] == curves[1] != curves[2]
+    assert len(walked) == 2
+    curves[0].clear()
+    assert len(epsilon_curve([[Charge(0.04, 1.7, 3)]] * 4, DELTA)) == 4, "a caller's list is its own"
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[object]:
+    """One entry for each call of this function of the accounting from now on."""
+    calls: list[object] = []
+    real = getattr(accounting, name)
+
+    def spy(*arguments: object) -> object:
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(accounting, name, spy)
+    return calls
