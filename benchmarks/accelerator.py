@@ -69,8 +69,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accelerator", description="Private steps on a GPU.")
-    parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--steps", type=int, default=4, help="private steps in a call")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--steps", type=int, default=2, help="private steps in a call")
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too; kept only with --out")
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")

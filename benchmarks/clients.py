@@ -275,7 +275,8 @@ def _markdown(facts: dict[str, Any]) -> str:
             f"A client more takes {grown / 1e6:.2f} MB." if grown is not None else "Memory was not measured.",
             f"## Where a round of {where['clients']} clients goes",
             table(["", "seconds", "share"], parts),
-            "One round under cProfile. Parts that are all Python look a little longer than they are.",
+            "One round under cProfile: seconds of the host, in which parts that are all Python look a little longer than "
+            "they are.",
             "## Aims missed",
             "\n".join(f"* {line}" for line in facts["missed"]) or "none",
         ]

@@ -230,7 +230,8 @@ def _markdown(config: RunConfig, facts: dict[str, Any]) -> str:
             f"ε = {config.privacy.epsilon:g}. Wall clock from command to end, smallest / **median** / largest; memory "
             "is the largest sum of proportional set sizes over the tree of processes. The very first run on a machine, "
             f"which measures kernels and calibrates noise, took {facts['first_run_seconds']:.1f} s; "
-            "later ones find both in the cache.",
+            "later ones find both in the cache. What the example does for every message is what Flower's own examples "
+            "do, the ε of that message from Opacus' accountant included.",
             table(["", "seconds", "times as long as cohort", "aim", "peak memory"], rows),
             f"Aims missed by the median: {', '.join(facts['missed']) or 'none'}",
         ]
