@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from fedlora.experiments.simulate import simulate
 
 pytest.importorskip("flwr")
 pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,8 +127,18 @@ def test_interrupted_and_resumed_it_ends_with_the_cohorts_adapter(
     assert records[0]["clients"] == records[1]["clients"]
 
 
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of two nodes with a CPU each, as on two machines."""
+    ray_nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray_nodes.add_node(num_cpus=1)
+    yield ray_nodes.address
+    ray_nodes.shutdown()
+
+
+@pytest.mark.parametrize("there", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["own Ray", "a cluster"])
 def test_two_workers_with_a_share_of_the_clients_each_end_with_the_cohorts_adapter(
-    make_run: Callable[..., RunConfig], tmp_path: Path
+    make_run: Callable[..., RunConfig], tmp_path: Path, there: bool, request: pytest.FixtureRequest
 ) -> None:
     """Which process a worker's message meets is Ray's to choose; what its clients' optimisers keep follows them."""
     options = (
@@ -134,7 +146,7 @@ def test_two_workers_with_a_share_of_the_clients_each_end_with_the_cohorts_adapt
         "training.keep_state=true", "training.optimizer=adam", "training.learning_rate=0.1",
     )  # fmt: skip
     folder = RunFolder.create(make_run(*options))
-    launched = Launched(folder.path)
+    launched = Launched(folder.path, **({"RAY_ADDRESS": request.getfixturevalue("cluster")} if there else {}))
     code, said = launched.wait()
     assert code == 0, said
     assert launched.leftovers() == []
