@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.confusion import confusion_counts
+from fedlora.engine.device_memory import exhaustion_named
 from fedlora.engine.gates import SearchJob, alignment_sums, search
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
-from fedlora.engine.training import TrainingJob, train
+from fedlora.engine.training import OptimizerState, TrainingJob, train
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
+from fedlora.federation.waves import in_waves, wave_size
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import NoiseSource, make_noise_source
-from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE
+from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, TRAINING
+from fedlora.randomness import SecretRoot
+
+_Training = Callable[[ScheduledRound, Sequence[Site]], list[Tensor]]
 
 
 @dataclass(kw_only=True)
@@ -40,6 +46,8 @@ class Cohort:
             ProtocolError: the instruction fits no round of a site, another layout, or has numbers out of range; nothing
                 is spent or trained.
             AdapterError: its head or its mask does not fit the model; nothing is spent or trained.
+            ModelError: one client alone does not fit into the device's memory; nothing is spent or trained, unless it
+                is found out only on the way, against the estimate.
             BudgetRefused: a site's ledger does not grant the round; nothing is spent or trained.
             LedgerUnavailable, LedgerBroken: a charge cannot be written; nothing is trained.
         """
@@ -51,7 +59,8 @@ class Cohort:
         compute = self._computation(instruction)
         reservations = self.ledger.reserve(requests)  # on disk before the first private step
         entries = [site.admit(instruction) for site in self.sites]
-        vectors = compute(entries[0])
+        with exhaustion_named(f"phase {instruction.phase} of one client"):
+            vectors = compute(entries[0])
         updates = [
             self._update(site, entry, instruction, vector)
             for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
@@ -105,13 +114,36 @@ class Cohort:
         phase = instruction.phase
         if phase == BILEVEL:
             self._check_gates(theta)
+        size = self._wave_size(theta, self.sites[0].scheduled(instruction))
         if phase == PROTOTYPE:
             return partial(self._release, self._class_sums)
         if phase == EVALUATION:
             return partial(self._release, partial(self._confusion_counts, theta))
         if phase == ALIGNMENT:
             return partial(self._release, partial(self._alignment_sums, theta, self.workbench.gated.directions(theta)))
-        return partial(self._search if phase == BILEVEL else self._train, theta)
+        return partial(self._in_waves, size, partial(self._search if phase == BILEVEL else self._train, theta))
+
+    def _wave_size(self, theta: Tensor, entry: ScheduledRound) -> int:
+        """How many clients are trained at once. Other phases take them one by one, and less memory than training."""
+        short = replace(entry, phase=entry.phase if entry.phase in TRAINING else FINETUNE, num_steps=2)
+        compute = self._search if short.phase == BILEVEL else self._train
+
+        def train(count: int) -> None:
+            nothing = np.empty(0, np.int64)
+            blank = replace(
+                self.sites[0],
+                records=nothing,
+                gate_records=nothing,
+                optimizer_state=None,
+                secret=SecretRoot.from_os(),
+            )
+            compute(theta, short, [replace(blank) for _ in range(count)])
+
+        bench = self.workbench
+        return wave_size(bench, self.sites[0].plan[short.phase], theta[: bench.layout.size], len(self.sites), train)
+
+    def _in_waves(self, size: int, compute: _Training, entry: ScheduledRound) -> list[Tensor]:
+        return in_waves(self.workbench, self.sites, size, partial(compute, entry))
 
     def _set_head(self, weight: Tensor, bias: Tensor) -> None:
         if self.workbench.config.model.head != "prototype":
@@ -137,7 +169,7 @@ class Cohort:
         check_update(update, instruction, layout)
         return update
 
-    def _train(self, theta: Tensor, entry: ScheduledRound) -> list[Tensor]:
+    def _train(self, theta: Tensor, entry: ScheduledRound, sites: Sequence[Site]) -> list[Tensor]:
         bench = self.workbench
         jobs = [
             TrainingJob(
@@ -147,7 +179,7 @@ class Cohort:
                 noise=self._noise(site, entry.index),
                 optimizer_state=site.optimizer_state,
             )
-            for site in self.sites
+            for site in sites
         ]
         trained = train(
             bench.backend,
@@ -160,11 +192,11 @@ class Cohort:
             shapes=bench.shapes,
         )
         if bench.config.training.keep_state:
-            for site, row in zip(self.sites, trained, strict=True):
-                site.optimizer_state = row.optimizer_state
+            for site, row in zip(sites, trained, strict=True):
+                site.optimizer_state = _on_host(row.optimizer_state)
         return [row.theta.cpu() for row in trained]
 
-    def _search(self, theta: Tensor, entry: ScheduledRound) -> list[Tensor]:
+    def _search(self, theta: Tensor, entry: ScheduledRound, sites: Sequence[Site]) -> list[Tensor]:
         """Weights and gates in turn; `theta` [P + M] holds both."""
         bench = self.workbench
         jobs = [
@@ -175,7 +207,7 @@ class Cohort:
                 sampling=site.secret.numpy("sampling", site.client, entry.index),
                 noise=self._noise(site, entry.index),
             )
-            for site in self.sites
+            for site in sites
         ]
         weights, gates = theta.split([bench.layout.size, len(bench.candidates)])
         found = search(
@@ -227,6 +259,11 @@ class Cohort:
         return sums[0]
 
     def _noise(self, site: Site, index: int) -> NoiseSource:
-        """The site's secret source for one round; no round is done twice, so no stream is used twice."""
+        """The site's secret source for one round; no round is released twice, so no stream is used twice."""
         stream, bench = site.secret.numpy("noise", site.client, index), self.workbench
         return make_noise_source(bench.config.engine.noise, stream, bench.execution.device)
+
+
+def _on_host(state: OptimizerState) -> OptimizerState:
+    """A client has its turn once in a while; until then its optimiser takes no room on the device."""
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}

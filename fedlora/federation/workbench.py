@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import AgreeingRows, Shapes
+from fedlora.engine.capacity import Footprint
 from fedlora.engine.company import Company
 from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.execution import Execution, choose_execution
@@ -58,6 +59,8 @@ class Workbench:
     """How private records are cut into micro-batches for this back end."""
     initial_theta: Tensor
     """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
+    footprints: dict[str, Footprint] = field(default_factory=dict, repr=False)
+    """What training takes of the device's memory, by phase, where it was measured for these adapters."""
     attached: bool = True
     """False where a change of adapters has failed: the next `adopt` starts over, whatever it is told."""
 
@@ -95,6 +98,7 @@ class Workbench:
         self.detach()
         attached = _attach(self.config, self.execution, self.classifier, mask)
         self.places, self.layout, self.backend, self.shapes, self.initial_theta = attached
+        self.footprints.clear()
         self.mask, self.attached = mask, True
 
     def detach(self) -> None:
