@@ -15,35 +15,19 @@ file systems; a ledger belongs on a local disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from fedlora.errors import BudgetRefused, ProtocolError, RoundRepeated
 from fedlora.privacy.accounting import Charge, epsilon_with
 from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry, LedgerFile, Row
-
-# Names and fingerprints that belong together with a data set's, through any chain of rows that share one of them.
-_KIN = """
-WITH RECURSIVE
-known(data_set, fingerprint) AS (
-    SELECT DISTINCT data_set, fingerprint FROM entry WHERE kind = 'reserved' AND unit = :unit AND relation = :relation),
-kin(data_set, fingerprint) AS (
-    SELECT :name, :fingerprint
-    UNION SELECT known.data_set, known.fingerprint FROM known JOIN kin
-    ON known.fingerprint = kin.fingerprint OR (known.data_set = kin.data_set AND kin.data_set <> ''))
-"""
-
-_CHARGED = """
-SELECT sampling_probability, noise_multiplier, SUM(num_steps) FROM entry
-WHERE kind = 'reserved' AND unit = :unit AND relation = :relation AND (data_set, fingerprint) IN kin
-GROUP BY sampling_probability, noise_multiplier ORDER BY MAX(id)
-"""  # the block charged last comes last, as pricing wants it
+from fedlora.privacy.tally import Owner, Tally
 
 _OPEN_ROUND = """
-SELECT COUNT(*) FROM entry AS charge
+SELECT 1 FROM entry AS charge
 WHERE kind = 'reserved' AND run = :run AND round = :round AND unit = :unit AND relation = :relation
-AND (data_set, fingerprint) IN kin
+AND data_set = :name AND fingerprint = :fingerprint
 AND NOT EXISTS (SELECT 1 FROM entry WHERE reservation = charge.id AND kind = 'abandoned')
 """
 
@@ -92,6 +76,7 @@ class Ledger:
     """A site's ledger; safe for several threads and processes at once."""
 
     _file: LedgerFile
+    _tally: Tally = field(default_factory=Tally)
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True) -> Self:
@@ -199,8 +184,7 @@ class Ledger:
 
     def _reserve(self, request: Request) -> int:
         data_set, charge = request.data_set, request.charge
-        key = _key(data_set) | {"run": request.run, "round": request.round_index}
-        if self._file.query(_KIN + _OPEN_ROUND, key)[0][0]:
+        if self._is_open(request):
             raise RoundRepeated(
                 f"round {request.round_index} of run {request.run} is charged to this data set already; "
                 "each round is done once"
@@ -238,15 +222,20 @@ class Ledger:
             "noise, or let the data's owner raise the cap"
         )
 
+    def _is_open(self, request: Request) -> bool:
+        """Whether the round is charged to the data set already, under any of its names, and not abandoned."""
+        unit, relation = request.data_set.unit, request.data_set.relation
+        asked = {"run": request.run, "round": request.round_index, "unit": unit, "relation": relation}
+        self._tally.catch_up(self._file)
+        return any(
+            self._file.query(_OPEN_ROUND, asked | {"name": name, "fingerprint": fingerprint})
+            for name, fingerprint in self._tally.kin(unit, relation, _owner(request.data_set))
+        )
+
     def _charged(self, data_set: DataSet) -> list[Charge]:
-        rows = self._file.query(_KIN + _CHARGED, _key(data_set))
-        return [Charge(q, sigma, steps) for q, sigma, steps in rows]
+        self._tally.catch_up(self._file)
+        return self._tally.charges(data_set.unit, data_set.relation, _owner(data_set))
 
 
-def _key(data_set: DataSet) -> dict[str, str]:
-    return {
-        "name": data_set.name,
-        "fingerprint": data_set.fingerprint,
-        "unit": data_set.unit,
-        "relation": data_set.relation,
-    }
+def _owner(data_set: DataSet) -> Owner:
+    return data_set.name, data_set.fingerprint
