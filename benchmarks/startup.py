@@ -200,8 +200,8 @@ def _markdown(facts: dict[str, Any]) -> str:
             conditions(facts["machine"]),
             "Seconds from the start of the process, smallest / **median** / largest. *first*: with none of what "
             "fedlora remembers on disk; the files themselves may be in the system's cache. `budget` reads a ledger of "
-            "eleven rounds and prices it anew each time; `calibrate` and the plans of a run find their noise multiplier, and "
-            "a run the fastest execution, among what is remembered.",
+            "eleven rounds and prices it anew each time; `calibrate` and the plans of a run find their noise "
+            "multiplier, and a run the fastest execution, among what is remembered.",
             table(["", "seconds", "first", "aim"], rows),
             "On the way to the first step. *rest*: encoding, the first round's price and charge, evaluation after it, "
             "and everything else.",

@@ -140,8 +140,8 @@ def rough_epsilon(charges: Sequence[Charge], delta: float, accountant: str = "pl
 def epsilon_curve(per_round: Sequence[Sequence[Charge]], delta: float, accountant: str = "pld") -> list[float]:
     """Upper bounds on the ε spent after each round; the last one is `epsilon` of everything.
 
-    Every round is composed onto the sum so far, on the grid that suits the whole run: 30 rounds take a third of a
-    second, 1,000 a quarter of a minute. True ε never falls from round to round, so a later bound holds for an earlier
+    Every round is composed onto the sum so far, on the grid that suits the whole run: 30 rounds take a fifth of a
+    second, 1,000 some five seconds. True ε never falls from round to round, so a later bound holds for an earlier
     round as well, and the curve is non-decreasing.
 
     Args:
@@ -316,12 +316,33 @@ def _pld_curve(per_round: Sequence[Merged], delta: float) -> list[float]:
     lost = _delta_lost(everything)
     interval = _refine(everything, delta - lost)[1]
     round_cost = functools.lru_cache(maxsize=8)(lambda charges: _compose(charges, interval))
-    spent, bounds = None, []
+    spent, bounds = None, [0.0, 0.0]
     for charges in per_round:
         if charges:
             spent = round_cost(charges) if spent is None else spent.compose(round_cost(charges))
-        bounds.append(0.0 if spent is None else float(spent.get_epsilon_for_delta(delta - lost)))
-    return bounds
+        guess = 2 * bounds[-1] - bounds[-2]
+        bounds.append(0.0 if spent is None else _epsilon_near(spent, delta - lost, interval, guess))
+    return bounds[2:]
+
+
+def _epsilon_near(spent: Any, delta: float, interval: float, guess: float) -> float:
+    """What `spent.get_epsilon_for_delta(delta)` says, but for rounding, in a tenth of its time where `guess` is good.
+
+    That walks down the losses one by one; here δ is asked for at both ends of the grid cell where it should cross.
+    Inside a cell δ is linear in e^ε for a record added, and for one removed. The larger of the two is convex, so that
+    the chord crosses at ε or above, and at ε where the same of them is larger at both ends.
+    """
+    cell = math.floor(guess / interval)
+    for _ in range(8):
+        if cell < 0:
+            break
+        low, high = (float(spent.get_delta_for_epsilon(end * interval)) for end in (cell, cell + 1))
+        if low > delta >= high:
+            return cell * interval + math.log1p((low - delta) / (low - high) * math.expm1(interval))
+        if not (low > high > 0 and math.isfinite(leap := math.log(low / delta) / math.log(low / high))):
+            break
+        cell += math.floor(leap)
+    return float(spent.get_epsilon_for_delta(delta))
 
 
 def _prefixes(per_round: Sequence[Sequence[Charge]]) -> Iterator[list[Charge]]:

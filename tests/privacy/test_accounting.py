@@ -146,6 +146,16 @@ def test_curve_is_what_every_prefix_costs(accountant: str) -> None:
         assert curve[rounds - 1] >= epsilon(prefix, DELTA, accountant) * (1 - 2e-4)  # two upper bounds of one number
 
 
+@pytest.mark.parametrize("charges", [(ROUND,), (PROTOTYPE,), (PROTOTYPE, ROUND, Charge(0.3, 4.0, 50))])
+@pytest.mark.parametrize("delta", [1e-2, DELTA, 1e-9])
+def test_a_guess_leads_to_the_epsilon_of_dp_accounting(charges: tuple[Charge, ...], delta: float) -> None:
+    for interval in (1e-4 * 2**3, 1e-4 * 2**6):
+        spent = accounting._compose(charges, interval)
+        true = spent.get_epsilon_for_delta(delta)
+        for guess in (-1.0, 0.0, 0.5 * true, true - interval, true, true + interval, 2 * true + 1, 1e3):
+            assert accounting._epsilon_near(spent, delta, interval, guess) == pytest.approx(true, rel=1e-9, abs=1e-12)
+
+
 def test_curve_of_unusual_runs() -> None:
     assert epsilon_curve([], DELTA) == []
     assert epsilon_curve([[], []], DELTA) == [0, 0]
