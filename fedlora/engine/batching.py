@@ -20,6 +20,7 @@ import numpy as np
 # often, and no more than a third of a long record's row is padding.
 _COLUMNS = (8, 16, 24, 32, *(columns << octave for octave in range(16) for columns in (48, 64)))
 _FEWEST_ROWS = 2
+_WORTHWHILE_ROWS = 8  # of a smaller micro-batch: below, what it saves does not pay for finding out whether it agrees
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Shapes:
             return (most,)
         key = (columns, most, clients == 1)
         if key not in self._known:
-            fewer = [count for count in (2**power for power in range(1, 32)) if count < most]
+            fewer = [count for count in (most // 4, most // 2) if count >= _WORTHWHILE_ROWS]
             # Where even full micro-batches let records influence one another, each record has one of its own.
             self._known[key] = tuple(self.agreeing(columns, (*fewer, most), clients)) or (_FEWEST_ROWS,)
         return self._known[key]

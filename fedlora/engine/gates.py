@@ -19,6 +19,7 @@ from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import Shapes
+from fedlora.engine.releases import privatize_all
 from fedlora.engine.sums import clipped_sums
 from fedlora.engine.training import make_optimizer
 from fedlora.errors import AdapterError, PrivacyError
@@ -197,7 +198,7 @@ def search(
     rows, gate_rows = theta.repeat(len(jobs), 1), logits.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
     optimizer = make_optimizer(training, learning_rate, parameters)
-    batch_size = training.expected_batch_size
+    batch_size, noise = training.expected_batch_size, [job.noise for job in jobs]
 
     def weight_sums(gates: Tensor) -> Tensor:
         drawn = [_draw(job.phase, job.weight_records, job.sampling) for job in jobs]
@@ -229,13 +230,13 @@ def search(
 
     for _ in range(num_steps):
         gates = 2 * torch.sigmoid(gate_rows)
-        for parameter, job, total in zip(parameters, jobs, weight_sums(gates), strict=True):
-            released = job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes)
-            parameter.grad = released.div_(batch_size)
+        released = privatize_all([job.phase for job in jobs], weight_sums(gates), noise, backend.slot_sizes)
+        for parameter, gradient in zip(parameters, released, strict=True):
+            parameter.grad = gradient.div_(batch_size)
         optimizer.step()
-        for row, job, total in zip(gate_rows, jobs, gate_sums(gates), strict=True):
-            released = job.gate_phase.privatize(total, noise=job.noise, slot_sizes=(logits.numel(),))
-            row.sub_(released, alpha=gate_learning_rate / batch_size)
+        released = privatize_all([job.gate_phase for job in jobs], gate_sums(gates), noise, (logits.numel(),))
+        for row, gradient in zip(gate_rows, released, strict=True):
+            row.sub_(gradient, alpha=gate_learning_rate / batch_size)
     return list(torch.cat([rows.detach(), gate_rows], dim=1))
 
 

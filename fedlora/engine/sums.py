@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
@@ -55,8 +54,10 @@ def clipped_sums(
     totals = torch.zeros(len(rows), width or rows.shape[1], dtype=torch.float64, device=rows.device)
     for group in _groups(dataset, records, owner, shapes, len(rows), expected, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
-        owners = torch.from_numpy(owner[group.positions]).to(rows.device)
-        everyone = F.pad(owners, (0, group.rows - len(owners)), value=int(owners[0]))  # dummies belong to anyone
+        members = owner[group.positions]
+        dummies = np.full(group.rows - len(members), members[0])  # they belong to anyone
+        everyone = torch.from_numpy(np.concatenate([members, dummies])).to(rows.device)
+        owners = everyone[: len(members)]
         gradients = backend.gradients(rows.detach(), batch, labels, everyone)
         phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)
     return totals

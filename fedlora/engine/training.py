@@ -20,6 +20,7 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import Shapes
 from fedlora.engine.filters import make_filter
+from fedlora.engine.releases import privatize_all
 from fedlora.engine.sums import clipped_sums
 from fedlora.errors import PrivacyError
 from fedlora.privacy.noise import NoiseSource
@@ -108,10 +109,8 @@ def _private_mean_gradients(
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
     phase, expected = jobs[0].phase, len(jobs) * training.expected_batch_size
     totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)
-    return [
-        job.phase.privatize(total, noise=job.noise, slot_sizes=backend.slot_sizes).div_(training.expected_batch_size)
-        for job, total in zip(jobs, totals, strict=True)
-    ]
+    released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], backend.slot_sizes)
+    return [gradient.div_(training.expected_batch_size) for gradient in released]
 
 
 def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:

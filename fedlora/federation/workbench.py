@@ -30,7 +30,11 @@ from fedlora.federation.shelf import Shelf
 from fedlora.models import Classifier
 from fedlora.models.families import block_position
 from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WARMUP
+from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
+
+_STEPS_THAT_PAY = 100
+"""Of a run. To find out which smaller micro-batches agree takes as long as several full ones of each width."""
 
 
 @dataclass(kw_only=True)
@@ -193,17 +197,21 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Ten
 
 def _check_company(
     config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend
-) -> AgreeingRows:
-    """See that records have no influence on one another; what finds out more about that when it is asked."""
+) -> AgreeingRows | None:
+    """See that records have no influence on one another; what finds out more about that, where a run is long enough."""
     company = Company(
         backend=backend,
         vocabulary=len(classifier.tokenizer),
         num_labels=classifier.num_labels,
         device=execution.device,
+        projection=LowPass(config.privacy.low_pass) if config.privacy.low_pass < 1 else None,
     )
     longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
     with _any_head(config, classifier):
         company.check(token_budget=execution.token_budget, longest=longest)
+
+    if config.federation.rounds * config.federation.local_steps < _STEPS_THAT_PAY:
+        return None
 
     def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
         with _any_head(config, classifier):

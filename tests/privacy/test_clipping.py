@@ -146,3 +146,17 @@ def test_a_record_moves_a_long_sum_by_its_own_length() -> None:
     assert (total - before).norm() <= row.double().norm()
     single = before.float()
     assert ((single + row) - single).norm() > 1.0002 * row.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_of_many_owners_are_added_up_as_those_of_few_are(kind: Kind) -> None:
+    """Both ways of adding up, with rows that are not finite among them."""
+    rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    rows[3], rows[7, 2] = torch.nan, torch.inf
+    owner = torch.arange(40) % 9
+    few, many = (torch.zeros(owners, 30, dtype=torch.float64) for owners in (9, 500))
+    for total in (few, many):
+        parts = [part.clone() for part in rows.split((10, 20), dim=1)]
+        Clipping(kind, 0.3).add_clipped(total, parts, owner)
+    assert torch.allclose(many[:9], few, rtol=1e-14, atol=0)
+    assert few.abs().min() > 0 == many[9:].abs().max()
