@@ -187,6 +187,9 @@ class PrivacyConfig(Section, section="privacy"):
 class EngineConfig(Section, section="engine"):
     backend: Literal["expanded", "opacus"] = setting("expanded", "source of per-sample gradients")
     token_budget: int | Literal["auto"] = setting("auto", "padded tokens in one micro-batch", at_least=1)
+    prefix_cache: Literal["auto", "off"] = setting(
+        "auto", "what blocks below the lowest adapted one make of a record: kept where it pays | made at every step"
+    )
     noise: Literal["host", "device"] = setting(
         "host", "generator of the noise: ChaCha20 on the CPU | the device's own counter generator under a secret key"
     )

@@ -72,18 +72,22 @@ def _free_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
 def peak_bytes(device: torch.device, task: Callable[[], object]) -> int:
     """How many bytes of tensors `task` holds on `device` at most, beyond those that were there before.
 
-    On CUDA torch's allocator says so. Elsewhere it counts nothing, so tensors are counted as operations return them;
-    what an operation's own code takes for its duration is not seen. The resident size of the process would say less:
-    it moves with what the C library keeps of earlier tensors.
+    On CUDA torch's allocator says so. Elsewhere it counts nothing, so tensors are counted as operations of this thread
+    return them, and torch is told to do with one; what an operation's own code takes for its duration is not seen. The
+    resident size of the process would say less: it moves with what the C library keeps of earlier tensors.
     """
     if device.type == "cuda":
         before = int(torch.cuda.memory_allocated(device))
         torch.cuda.reset_peak_memory_stats(device)
         task()
         return int(torch.cuda.max_memory_allocated(device)) - before
-    meter = _Meter()
-    with meter:
-        task()
+    meter, threads = _Meter(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with meter:
+            task()
+    finally:
+        torch.set_num_threads(threads)
     return meter.most
 
 

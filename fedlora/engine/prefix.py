@@ -28,6 +28,7 @@ from torch import Tensor
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import Shapes, fixed_shapes
+from fedlora.engine.device_memory import free_bytes, free_host_bytes
 from fedlora.errors import PrivacyError
 from fedlora.models import Classifier
 from fedlora.randomness import PublicSeed
@@ -46,6 +47,12 @@ class Room:
     memory: int
     disk: int = 0
     """In a file without a name, in the folder for temporary files ($TMPDIR)."""
+
+    @classmethod
+    def beside(cls, device: torch.device, *, disk: int = 0) -> Room:
+        """A quarter of what is free on `device` and on the host by now, and `disk` bytes."""
+        free = free_bytes(device) if device.type == "cuda" else 0
+        return cls(accelerator=free // 4, memory=free_host_bytes() // 4, disk=disk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

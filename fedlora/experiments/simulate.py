@@ -17,6 +17,7 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.data.public_texts import refuse_training_records
 from fedlora.data.tasks import TASKS
 from fedlora.engine.execution import choose_execution
+from fedlora.engine.prefix import PrefixCache
 from fedlora.errors import RunFolderError
 from fedlora.experiments.account import write_account
 from fedlora.experiments.plots import plot_curve
@@ -30,6 +31,7 @@ from fedlora.federation.cohort import Cohort
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.module_scores import public_texts
+from fedlora.federation.prefixes import prefix_cache
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.selection import check_selection
 from fedlora.federation.server import (
@@ -71,10 +73,17 @@ class CohortTransport:
     dataset: EncodedDataset
     sites: Sequence[Site]
     ledger: Ledger
+    prefixes: PrefixCache | None = None
 
     def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
         asked = [site for site in self.sites if site.client in clients]
-        cohort = Cohort(workbench=self.workbench, dataset=self.dataset, sites=asked, ledger=self.ledger)
+        cohort = Cohort(
+            workbench=self.workbench,
+            dataset=self.dataset,
+            sites=asked,
+            ledger=self.ledger,
+            prefixes=self.prefixes,
+        )
         return [*cohort.run(instruction)]
 
 
@@ -184,7 +193,13 @@ def _check_budgets(sites: Sequence[Site], policy: SitePolicy) -> None:
 def _run_cohort(prepared: _Prepared, folder: RunFolder, progress: Progress, policy: SitePolicy | None) -> None:
     workbench, sites = prepared.workbench, prepared.sites
     with closing(Ledger.open(policy.ledger if policy else folder.ledger_file)) as ledger:
-        transport = CohortTransport(workbench=workbench, dataset=prepared.dataset, sites=sites, ledger=ledger)
+        transport = CohortTransport(
+            workbench=workbench,
+            dataset=prepared.dataset,
+            sites=sites,
+            ledger=ledger,
+            prefixes=prefix_cache(workbench, prepared.dataset, sites),
+        )
         run_server(workbench.config, folder, workbench, transport, sites, progress, prepared.evaluator, ledger, policy)
 
 

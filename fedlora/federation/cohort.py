@@ -14,10 +14,12 @@ from fedlora.data.encode import EncodedDataset
 from fedlora.engine.confusion import confusion_counts
 from fedlora.engine.device_memory import exhaustion_named
 from fedlora.engine.gates import SearchJob, alignment_sums, search
+from fedlora.engine.prefix import PrefixCache
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
 from fedlora.engine.training import OptimizerState, TrainingJob, train
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update
+from fedlora.federation.prefixes import with_prefix
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.waves import in_waves, wave_size
@@ -38,6 +40,8 @@ class Cohort:
     dataset: EncodedDataset
     sites: Sequence[Site]
     ledger: Ledger
+    prefixes: PrefixCache | None = None
+    """Of the process: what the frozen blocks below the lowest adapted one make of its sites' records."""
 
     def run(self, instruction: RoundInstruction) -> list[ClientUpdate]:
         """One round of every site: check, charge, compute, noise, check what leaves.
@@ -126,7 +130,7 @@ class Cohort:
     def _wave_size(self, theta: Tensor, entry: ScheduledRound) -> int:
         """How many clients are trained at once. Other phases take them one by one, and less memory than training."""
         short = replace(entry, phase=entry.phase if entry.phase in TRAINING else FINETUNE, num_steps=2)
-        compute = self._search if short.phase == BILEVEL else self._train
+        compute = self._search if short.phase == BILEVEL else replace(self, prefixes=None)._train
 
         def train(count: int) -> None:
             nothing = np.empty(0, np.int64)
@@ -183,7 +187,7 @@ class Cohort:
         ]
         trained = train(
             bench.backend,
-            self.dataset,
+            self.dataset if self.prefixes is None else with_prefix(self.prefixes, bench, entry, sites),
             jobs,
             theta,
             num_steps=entry.num_steps,

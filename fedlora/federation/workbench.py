@@ -207,14 +207,14 @@ def _check_company(
         projection=LowPass(config.privacy.low_pass) if config.privacy.low_pass < 1 else None,
     )
     longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
-    with _any_head(config, classifier):
+    with any_head(config, classifier):
         company.check(token_budget=execution.token_budget, longest=longest)
 
     if config.federation.rounds * config.federation.local_steps < _STEPS_THAT_PAY:
         return None
 
     def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
-        with _any_head(config, classifier):
+        with any_head(config, classifier):
             return company.agreeing_rows(columns, counts, clients)
 
     return agreeing
@@ -226,7 +226,7 @@ def _all_agree(_columns: int, counts: Sequence[int], _clients: int) -> Sequence[
 
 
 @contextmanager
-def _any_head(config: RunConfig, classifier: Classifier) -> Iterator[None]:
+def any_head(config: RunConfig, classifier: Classifier) -> Iterator[None]:
     """A random one in the place of a prototype head to come, or of one that a server has sent.
 
     Without a head gradients are zero, and whoever compares them is blind.

@@ -21,6 +21,7 @@ from fedlora.federation import memory, wire
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.failures import failure_code, log_failure
 from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.prefixes import prefix_cache
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
@@ -251,7 +252,13 @@ class Desk:
         site = make_site(config, data, make_schedule(config), request.client, policy)
         workbench = build_workbench(config, self._shelf)
         dataset = self._shelf.encoded(config, "train", workbench.classifier)
-        cohort = Cohort(workbench=workbench, dataset=dataset, sites=[site], ledger=self._ledger)
+        cohort = Cohort(
+            workbench=workbench,
+            dataset=dataset,
+            sites=[site],
+            ledger=self._ledger,
+            prefixes=prefix_cache(workbench, dataset, [site]),
+        )
         self._seat = _Seat(asker=asker, policy=policy, cohort=cohort)
         return self._seat
 
