@@ -187,6 +187,12 @@ class PrivacyConfig(Section, section="privacy"):
 class EngineConfig(Section, section="engine"):
     backend: Literal["expanded", "opacus"] = setting("expanded", "source of per-sample gradients")
     token_budget: int | Literal["auto"] = setting("auto", "padded tokens in one micro-batch", at_least=1)
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = setting(
+        "auto", "of float32 products in the base, as in torch.set_float32_matmul_precision"
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile: where a run is long enough | always | never"
+    )
     prefix_cache: Literal["auto", "off"] = setting(
         "auto", "what blocks below the lowest adapted one make of a record: kept where it pays | made at every step"
     )

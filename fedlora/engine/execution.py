@@ -1,31 +1,37 @@
-"""How a device runs the frozen base: attention kernel, dtype, size of a micro-batch.
+"""How a device runs the frozen base: attention kernel, dtype, precision of products, size of a micro-batch, compiler.
 
-`auto` measures: which kernel and dtype are fastest differs by machine and by version (bf16 with eager attention is over
-twice as fast as fp32 SDPA on CPUs with AMX, and slower elsewhere). Private arithmetic is float32 whatever is chosen.
+`auto` measures: what is fastest differs by machine and by version (bf16 with eager attention is over twice as fast as
+fp32 SDPA on CPUs with AMX, and slower elsewhere). Private arithmetic is float32 or finer whatever is chosen.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
-from fedlora.models import load_classifier
+from fedlora.models import Classifier, load_classifier
 from fedlora.privacy.noise import require_accelerator
 from fedlora.randomness import PublicSeed
 
 Attention = Literal["auto", "eager", "sdpa"]
+Precision = Literal["highest", "high", "medium"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Padded tokens of a micro-batch. More is faster per token, but shapes are fixed and what is not filled is wasted.
-CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 4096
+# Padded tokens of a micro-batch, tried in this order.
+_BUDGETS = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
+_NEARLY_BEST = 0.9
+"""A micro-batch is no larger than what has this share of the best speed: what is not filled of it is wasted."""
+_COMPILED_STEPS = 2000
+"""Private steps of a run from which compiling pays on an accelerator. It takes some 20 seconds for each of up to a
+dozen shapes, and on a CPU saves a sixth of a step (`engine.compile = on` for those who want that)."""
+_WIDTH, _WORDS = 16, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +41,28 @@ class Execution:
     device: torch.device
     dtype: torch.dtype
     attention: Attention
+    matmul_precision: Precision
     token_budget: int
+    compiled: bool
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int | bool]:
         return {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.attention,
+            "matmul_precision": self.matmul_precision,
             "token_budget": self.token_budget,
+            "compiled": self.compiled,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kernels:
+    """What decides how long a token takes."""
+
+    dtype: str
+    attention: Attention
+    matmul_precision: Precision
 
 
 def choose_execution(config: RunConfig) -> Execution:
@@ -55,14 +74,41 @@ def choose_execution(config: RunConfig) -> Execution:
     device = find_device(config.run.device)
     if config.engine.noise == "device":
         require_accelerator(device)  # now, and not when the first round is charged already
-    dtypes = list(DTYPES) if config.model.dtype == "auto" else [config.model.dtype]
-    kernels: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
-    candidates = list(product(dtypes, kernels))
-    dtype, attention = candidates[0] if len(candidates) == 1 else _fastest(config, device, candidates)
-    budget = config.engine.token_budget
-    if budget == "auto":
-        budget = CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS
-    return Execution(device=device, dtype=DTYPES[dtype], attention=attention, token_budget=budget)
+    candidates = _candidates(config, device)
+    budgets: tuple[int, ...] = _BUDGETS.get(device.type, _BUDGETS["cpu"])
+    if config.engine.token_budget != "auto":
+        budgets = (config.engine.token_budget,)
+    if len(candidates) * len(budgets) == 1:
+        kernels, budget = candidates[0], budgets[0]
+    else:
+        kernels, budget = _fastest(config, device, candidates, budgets)
+    steps = config.federation.rounds * config.federation.local_steps
+    worth = device.type == "cuda" and steps >= _COMPILED_STEPS
+    return Execution(
+        device=device,
+        dtype=DTYPES[kernels.dtype],
+        attention=kernels.attention,
+        matmul_precision=kernels.matmul_precision,
+        token_budget=budget,
+        compiled=worth if config.engine.compile == "auto" else config.engine.compile == "on",
+    )
+
+
+def _candidates(config: RunConfig, device: torch.device) -> list[_Kernels]:
+    """Who asks for float32 gets it whole; faster products of float32 are tried beside bfloat16, which is as coarse."""
+    attentions: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
+    coarse: Precision = "high" if device.type == "cuda" else "medium"
+    precisions: list[Precision] = ["highest"]
+    if config.engine.matmul_precision != "auto":
+        precisions = [config.engine.matmul_precision]
+    elif config.model.dtype == "auto":
+        precisions = ["highest", coarse]
+    found = []
+    for dtype in DTYPES if config.model.dtype == "auto" else [config.model.dtype]:
+        for attention in attentions:
+            own = precisions if dtype == "float32" else precisions[:1]
+            found += [_Kernels(dtype=dtype, attention=attention, matmul_precision=precision) for precision in own]
+    return found
 
 
 def find_device(name: str) -> torch.device:
@@ -82,47 +128,83 @@ def find_device(name: str) -> torch.device:
 
 
 def _fastest(
-    config: RunConfig, device: torch.device, candidates: Sequence[tuple[str, Attention]]
-) -> tuple[str, Attention]:
-    """The candidate with the shortest forward and backward, measured once per machine, model and torch version."""
+    config: RunConfig, device: torch.device, candidates: Sequence[_Kernels], budgets: Sequence[int]
+) -> tuple[_Kernels, int]:
+    """The kernels and micro-batch that take most tokens a second, measured once for a machine, model and torch."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     question = {
         "model": config.model.name,
         "device": where,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "candidates": [list(candidate) for candidate in candidates],
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "budgets": list(budgets),
     }
-    answer = remembered(
-        "execution", question, lambda: min(candidates, key=lambda candidate: _measure(config, device, *candidate))
+    answer = remembered("execution", question, lambda: _measured(config, device, candidates, budgets))
+    if not isinstance(answer, dict) or answer.get("token_budget") not in budgets:
+        return candidates[0], budgets[0]
+    known = (candidate for candidate in candidates if asdict(candidate) == answer.get("kernels"))
+    return next(known, candidates[0]), answer["token_budget"]
+
+
+def _measured(
+    config: RunConfig, device: torch.device, candidates: Sequence[_Kernels], budgets: Sequence[int]
+) -> dict[str, Any]:
+    middle = budgets[len(budgets) // 2]
+    speeds = [_Probe(config, device, kernels).tokens_per_second(middle) for kernels in candidates]
+    kernels = candidates[speeds.index(max(speeds))]
+    probe = _Probe(config, device, kernels)
+    by_budget = [probe.tokens_per_second(budget) for budget in budgets] if len(budgets) > 1 else [1.0]
+    enough = (
+        budget for budget, speed in zip(budgets, by_budget, strict=True) if speed >= _NEARLY_BEST * max(by_budget)
     )
-    return next((candidate for candidate in candidates if list(candidate) == list(answer)), candidates[0])
+    return {"kernels": asdict(kernels), "token_budget": next(enough)}
 
 
-def _measure(config: RunConfig, device: torch.device, dtype: str, attention: Attention) -> float:
-    """Best of three: seconds of one forward and backward over 64 records of 16 tokens; inf where the model lacks it."""
-    try:
-        classifier = load_classifier(
-            config.model,
-            num_labels=2,
-            seed=PublicSeed.from_int(0),
-            device=device,
-            dtype=DTYPES[dtype],
-            attention=attention,
-        )
-    except ModelError:
-        if attention == "sdpa":
-            return math.inf  # some families have no such kernel
-        raise
-    ids = torch.randint(5, 100, (64, 16), device=device, generator=torch.Generator(device).manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    lowest = next(iter(classifier.target_modules(config.adapter.targets).values()))
-    lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
-    times = []
-    for _ in range(4):
+class _Probe:
+    """A base model under certain kernels, that takes forwards and backwards over public tokens."""
+
+    def __init__(self, config: RunConfig, device: torch.device, kernels: _Kernels) -> None:
+        self._kernels, self._device = kernels, device
+        self._classifier: Classifier | None = None
+        try:
+            self._classifier = load_classifier(
+                config.model,
+                num_labels=2,
+                seed=PublicSeed.from_int(0),
+                device=device,
+                dtype=DTYPES[kernels.dtype],
+                attention=kernels.attention,
+            )
+        except ModelError:
+            if kernels.attention != "sdpa":  # some families have no such kernel
+                raise
+            return
+        lowest = next(iter(self._classifier.target_modules(config.adapter.targets).values()))
+        self._leaf: Tensor = lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
+
+    def tokens_per_second(self, budget: int) -> float:
+        """Best of three; 0 where the model lacks the kernel or the device the memory."""
+        classifier = self._classifier
+        if classifier is None:
+            return 0.0
+        words = min(_WORDS, len(classifier.tokenizer))
+        draw = torch.Generator(self._device).manual_seed(0)
+        ids = torch.randint(words, (max(1, budget // _WIDTH), _WIDTH), device=self._device, generator=draw)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self._kernels.matmul_precision)
+        try:
+            seconds = min([self._seconds(classifier, batch) for _ in range(4)][1:])
+        except torch.OutOfMemoryError:
+            return 0.0
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return ids.numel() / seconds
+
+    def _seconds(self, classifier: Classifier, batch: dict[str, Tensor]) -> float:
         start = time.perf_counter()
-        torch.autograd.grad(classifier(batch).sum(), lowest.weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        torch.autograd.grad(classifier(batch).sum(), self._leaf)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start

@@ -146,6 +146,8 @@ def resolve(config: RunConfig) -> RunConfig:
         f'model.attention="{chosen["attention"]}"',
         f'run.device="{chosen["device"]}"',
         f"engine.token_budget={chosen['token_budget']}",
+        f'engine.matmul_precision="{chosen["matmul_precision"]}"',
+        f'engine.compile="{"on" if chosen["compiled"] else "off"}"',
     )
 
 

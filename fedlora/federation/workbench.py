@@ -129,6 +129,7 @@ def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
         PrivacyError: on this machine records of one micro-batch influence one another.
     """
     execution = choose_execution(config)
+    torch.set_float32_matmul_precision(execution.matmul_precision)
     classifier = (shelf or Shelf()).classifier(config, execution)
     places, layout, backend, shapes, initial_theta = _attach(config, execution, classifier, None)
     return Workbench(
@@ -176,7 +177,7 @@ def _attach(
     layout = ffa.build_layout(modules, heads, places=places, rank=adapter.rank, alpha=adapter.alpha)
     factors = ffa.frozen_factors(seed, modules, places, adapter.rank)
     initial_theta = _initial_theta(layout, heads).to(execution.device)
-    backend = _make_backend(config, classifier, layout, factors, places)
+    backend = _make_backend(config, execution, classifier, layout, factors, places)
     try:
         agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
     except BaseException:
@@ -210,8 +211,8 @@ def _check_company(
     with any_head(config, classifier):
         company.check(token_budget=execution.token_budget, longest=longest)
 
-    if config.federation.rounds * config.federation.local_steps < _STEPS_THAT_PAY:
-        return None
+    if execution.compiled or config.federation.rounds * config.federation.local_steps < _STEPS_THAT_PAY:
+        return None  # each more shape would have to be compiled
 
     def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
         with any_head(config, classifier):
@@ -246,6 +247,7 @@ def any_head(config: RunConfig, classifier: Classifier) -> Iterator[None]:
 
 def _make_backend(
     config: RunConfig,
+    execution: Execution,
     classifier: Classifier,
     layout: AdapterLayout,
     factors: Mapping[str, Tensor],
@@ -255,4 +257,4 @@ def _make_backend(
         from fedlora.engine.opacus import OpacusBackend
 
         return OpacusBackend(classifier, layout, factors, places)
-    return ExpandedBackend(classifier, layout, factors, places)
+    return ExpandedBackend(classifier, layout, factors, places, compiled=execution.compiled)

@@ -213,7 +213,7 @@ class SitePolicy:
             config,
             model=replace(config.model, name=str(bundled) if bundled.is_dir() else config.model.name),
             data=replace(config.data, source=source),
-            engine=replace(config.engine, token_budget=self.site.token_budget),
+            engine=replace(config.engine, token_budget=self.site.token_budget, compile="off", matmul_precision="auto"),
             run=replace(config.run, device=self.site.device),
         )
 
