@@ -34,7 +34,7 @@ from benchmarks.spread import Spread, ratios, take_turns
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.batching import Shapes
 from fedlora.engine.company import Company
-from fedlora.engine.execution import ACCELERATOR_TOKENS, DTYPES
+from fedlora.engine.execution import BUDGETS, DTYPES
 from fedlora.engine.expanded import ExpandedBackend
 
 EXECUTION = Execution("bfloat16", "sdpa")
@@ -86,7 +86,7 @@ def _measure_step(options: argparse.Namespace, size: Mapping[str, Any], device: 
     base = partial(random_base, size["model"], EXECUTION, device)
     engines = {
         OURS: _engine(base(), whole, vocabulary),
-        OURS_PARTS: _engine(base(), Shapes(token_budget=ACCELERATOR_TOKENS), vocabulary),
+        OURS_PARTS: _engine(base(), Shapes(token_budget=BUDGETS["cuda"][0]), vocabulary),
         OURS_COMPILED: _engine(base(), whole, vocabulary, options.compiler),
     }
     plain = _plain(base(), work, dataset)
@@ -201,8 +201,8 @@ def _measure_clients(options: argparse.Namespace, size: Mapping[str, Any], devic
     engines = {}
     for shape in dict.fromkeys([size["model"], "tiny" if options.tiny else "MiniLM-L6"]):
         base, vocabulary = random_base(shape, EXECUTION, device), int(SHAPES[shape]["vocab_size"])
-        engine = _engine(base, Shapes(token_budget=ACCELERATOR_TOKENS), vocabulary)
-        shapes = Shapes(token_budget=ACCELERATOR_TOKENS, agreeing=_company(engine).agreeing_rows)  # as in a real run
+        engine = _engine(base, Shapes(token_budget=BUDGETS["cuda"][0]), vocabulary)
+        shapes = Shapes(token_budget=BUDGETS["cuda"][0], agreeing=_company(engine).agreeing_rows)  # as in a real run
         engines[shape] = Engine(
             backend=engine.backend, theta=engine.theta, shapes=shapes, vocabulary=vocabulary, noise=engine.noise
         )

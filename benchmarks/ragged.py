@@ -13,7 +13,7 @@ from benchmarks.batches import logical_batch, pad_to
 from benchmarks.contenders import CONTENDERS, Base, Batch, Contender, Execution, Fedlora, Settings
 from benchmarks.spread import Spread, ratios, take_turns
 from fedlora.engine.batching import fixed_shapes
-from fedlora.engine.execution import CPU_TOKENS
+from fedlora.engine.execution import BUDGETS
 
 RECORDS, FIXED = 128, 128
 USUAL, HALF = Execution("float32", "sdpa"), Execution("bfloat16", "eager")
@@ -25,7 +25,7 @@ Parts = list[tuple[Batch, Any]]
 def ragged_job(repeats: int, order: random.Random) -> dict[str, Any]:
     """A step on the same records: padded to 128 as examples do, to the longest record, and as `train` does it."""
     dataset = logical_batch(Base.load(USUAL), RECORDS)
-    whole, groups = np.arange(RECORDS), list(fixed_shapes(dataset.lengths, CPU_TOKENS, dataset.longest))
+    whole, groups = np.arange(RECORDS), list(fixed_shapes(dataset.lengths, BUDGETS["cpu"][1], dataset.longest))
     longest = [dataset.batch(whole)]
     fixed = [(pad_to(batch, FIXED), labels) for batch, labels in longest]
     fixed_parts = [dataset.batch(group.positions, shape=(group.rows, group.columns)) for group in groups]

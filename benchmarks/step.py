@@ -1,8 +1,9 @@
 """python -m benchmarks.step: one private step of FFA-LoRA on MiniLM-L6 against what else could take it.
 
 First every contender has to make the same clipped sum. Then all take turns, in random order in one process, on the
-same padded batches; figures are ratios inside one turn. Aims: a private fedlora step costs at most a non-private PEFT
-step of the same dtype and attention, and less than Opacus at every shape.
+same padded batches; figures are ratios inside one turn. Aims: a private fedlora step costs at most 0.95 of a
+non-private PEFT step of the same dtype and attention and takes no more memory; Opacus takes 1.1 times as long by hooks
+and 1.5 times by ghost clipping, and 2 and 3 times beside fedlora's default on a CPU with AMX.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ LINE_UP = {
     EAGER: ["peft", "fedlora"],
     HALF: ["peft", "fedlora", "opacus_hooks", "opacus_ghost"],
 }
+AIMS = {"peft": 0.95, "opacus_hooks": 1 / 1.1, "opacus_ghost": 1 / 1.5}
+"""Largest share of another's time, in the same dtype and attention."""
+DEFAULT_AIMS = {"opacus_hooks": 1 / 2, "opacus_ghost": 1 / 3}
+"""The same of a CPU with AMX as fedlora uses it by default, to what one would write: float32, sdpa."""
+MEMORY_AIM = 1.03
 SHAPES = ["16x16", "128x16", "32x64", "32x128", "128x64"]
 COUNTED, WEIGHED = (32, 64), (32, 128)  # shapes at which operations and memory are taken
 FULL_WORK = 2048  # padded tokens; smaller batches take more turns, up to three times as many
@@ -78,7 +84,7 @@ def main() -> None:
         str(entry): step_memory(entry.name, entry.execution.dtype, entry.execution.attention, *WEIGHED)
         for entry in (line_up if options.memory else [])
     }
-    facts["missed"] = _missed(measured)
+    facts["missed"] = _missed(measured, facts["extra_memory"])
     machine["load_average_after"], facts["seconds"] = load_average(), round(time.perf_counter() - started)
     markdown = _markdown(facts, measured)
     print(markdown)
@@ -145,16 +151,23 @@ def _to_peft(times: Times, entry: Entry, execution: Execution) -> Spread:
     return ratios(times[entry], times[Entry("peft", execution)])
 
 
-def _missed(measured: Mapping[str, Times]) -> list[str]:
+def _missed(measured: Mapping[str, Times], memory: Mapping[str, int | None]) -> list[str]:
     """Every aim that the median ratio does not meet."""
     missed = []
     for shape, times in measured.items():
         for execution, names in LINE_UP.items():
-            ours = times[Entry("fedlora", execution)]
-            for other in names:
-                ratio = ratios(ours, times[Entry(other, execution)]).median
-                if other != "fedlora" and ratio > 1.0:
-                    missed.append(f"{shape}, {execution}: {ratio:.3f} of {other}")
+            for other in set(names) & AIMS.keys():
+                ratio = ratios(times[Entry("fedlora", execution)], times[Entry(other, execution)]).median
+                if ratio > AIMS[other]:
+                    missed.append(f"{shape}, {execution}: {ratio:.3f} of {other}, wanted {AIMS[other]:.3f}")
+        for other, aim in DEFAULT_AIMS.items():
+            ratio = ratios(times[Entry("fedlora", HALF)], times[Entry(other, USUAL)]).median
+            if ratio > aim:
+                missed.append(f"{shape}: {ratio:.3f} of {other} in {USUAL} for fedlora in {HALF}, wanted {aim:.3f}")
+    for execution in LINE_UP:
+        ours, plain = (memory.get(str(Entry(name, execution))) for name in ("fedlora", "peft"))
+        if ours and plain and ours > MEMORY_AIM * plain:
+            missed.append(f"{execution}: {ours / plain:.3f} of peft's extra memory, wanted {MEMORY_AIM}")
     return missed
 
 

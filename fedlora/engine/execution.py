@@ -25,7 +25,7 @@ Attention = Literal["auto", "eager", "sdpa"]
 Precision = Literal["highest", "high", "medium"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Padded tokens of a micro-batch, tried in this order.
-_BUDGETS = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
+BUDGETS = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 _NEARLY_BEST = 0.9
 """A micro-batch is no larger than what has this share of the best speed: what is not filled of it is wasted."""
 _COMPILED_STEPS = 2000
@@ -75,7 +75,7 @@ def choose_execution(config: RunConfig) -> Execution:
     if config.engine.noise == "device":
         require_accelerator(device)  # now, and not when the first round is charged already
     candidates = _candidates(config, device)
-    budgets: tuple[int, ...] = _BUDGETS.get(device.type, _BUDGETS["cpu"])
+    budgets: tuple[int, ...] = BUDGETS.get(device.type, BUDGETS["cpu"])
     if config.engine.token_budget != "auto":
         budgets = (config.engine.token_budget,)
     if len(candidates) * len(budgets) == 1:

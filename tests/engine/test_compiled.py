@@ -10,7 +10,6 @@ import torch
 from fedlora.engine.batching import Shapes
 from fedlora.engine.sums import clipped_sums
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 
 
