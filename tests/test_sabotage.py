@@ -119,9 +119,15 @@ LIES = {
     ),
     "a new budget in every round": Lie(
         file="fedlora/privacy/ledger.py",
-        sound="(data_set, fingerprint) IN kin\nGROUP BY",
-        planted="(data_set, fingerprint) IN kin AND round < 0\nGROUP BY",
+        sound="        return self._tally.charges(data_set.unit, data_set.relation, _owner(data_set))\n",
+        planted="        return []\n",
         checks=(_LEDGER,),
+    ),
+    "a ledger goes on from rows that were taken back": Lie(
+        file="fedlora/privacy/tally.py",
+        sound="            self._start_anew()\n        for",
+        planted="            return\n        for",
+        checks=("tests/privacy/test_tally.py",),
     ),
     "a new budget in every run": Lie(
         file="fedlora/federation/site.py",

@@ -27,10 +27,10 @@ from fedlora.randomness import PublicSeed
 
 _WIDTHS = (8, 24)
 _TOKENS = 1024
-"""So many are compared at least. Another kernel shows in float32 at once. In bfloat16 rounding hides most of it: a
-number comes out otherwise with a chance of some 3e-5, so that it takes thousands of numbers to see one that does. The
-smallest product of a record, its attention scores, has heads · T² of them in each layer; on MiniLM every sixth record
-of 8 tokens showed it."""
+"""So many are compared at least between numbers of rows. Another kernel shows in float32 at once. In bfloat16 rounding
+hides most of it: a number comes out otherwise with a chance of some 3e-5, so that it takes thousands of numbers to see
+one that does. The smallest product of a record, its attention scores, has heads · T² of them in each layer; on MiniLM
+every sixth record of 8 tokens showed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,10 @@ class Company:
             None of them if records have influence in the largest.
         """
         *fewer, most = counts
+        if most == 2:
+            return (most,)  # a record beside a dummy is alone
         draw = PublicSeed.from_int(0).numpy("company", columns)
-        size = max(_TOKENS // columns, most - 1)
+        size = max(_TOKENS // columns, most - 1) if fewer else most - 1
         shape = (min(clients, 2) if self.backend.fuses_clients else 1, sum(self.backend.slot_sizes))
         theta = torch.from_numpy(draw.normal(0, 0.3, shape)).float().to(self.device)
         dataset = _random_records(draw, 2 * size, columns, self.vocabulary, self.num_labels)

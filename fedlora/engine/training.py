@@ -87,6 +87,8 @@ def train(
         for parameter, gradient in zip(parameters, noise_filter.refine(gradients), strict=True):
             parameter.grad = gradient
         optimizer.step()
+        optimizer.zero_grad()
+        del gradients, gradient  # or they would lie beside the next step's sums
     return [TrainedRow(parameter.detach().clone(), dict(optimizer.state[parameter])) for parameter in parameters]
 
 

@@ -21,6 +21,7 @@ from fedlora.engine.batching import AgreeingRows, Shapes
 from fedlora.engine.capacity import Footprint
 from fedlora.engine.company import Company
 from fedlora.engine.confusion import confusion_layout
+from fedlora.engine.device_memory import exhaustion_named
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.gates import GatedSlots
@@ -179,7 +180,8 @@ def _attach(
     initial_theta = _initial_theta(layout, heads).to(execution.device)
     backend = _make_backend(config, execution, classifier, layout, factors, places)
     try:
-        agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
+        with exhaustion_named(f"a micro-batch of {config.model.name}"):
+            agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
     except BaseException:
         backend.detach()
         raise

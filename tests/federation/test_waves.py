@@ -18,7 +18,7 @@ from fedlora.federation import cohort, waves
 from fedlora.privacy.phases import BILEVEL, FINETUNE
 
 CLIENTS = tuple(range(5))
-FIVE = ("federation.clients=5", "federation.rounds=3", "training.expected_batch_size=8")
+FIVE = ("federation.clients=5", "federation.rounds=3", "training.expected_batch_size=8", "privacy.accountant=rdp")
 ADAM = ("training.optimizer=adam", "training.keep_state=true", "training.learning_rate=0.05")
 # One batch of 8 records a client, whose micro-batches of 8 tokens have 16 rows however many clients share them.
 ONE_SHAPE = ("engine.token_budget=16",)
@@ -237,6 +237,7 @@ print(bench.layout.size, memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_client_of_the_size_of_minilm_adds_less_than_a_megabyte(tiny_model: Any) -> None:
     """Sites, jobs, sums, noise, answers: the peak of the resident memory of a process that does nothing else."""
