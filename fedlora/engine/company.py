@@ -74,8 +74,8 @@ class Company:
     def agreeing_rows(self, columns: int, counts: Sequence[int], clients: int) -> tuple[int, ...]:
         """Those of `counts` in which every record has the bits that it has in the largest, whoever is beside it.
 
-        What is compared is each record's gradient, projected if it will be. What follows is float64, whose rounding the
-        clip leaves room for.
+        What is compared is each record's gradient, projected if it will be, and its product with a vector: a search
+        clips such products, whose rounding can be all that is left of them.
 
         Args:
             columns: of the micro-batches.
@@ -129,10 +129,13 @@ def _random_records(
 
 
 def _fingerprints(gradients: Sequence[Tensor]) -> Tensor:
-    """[N] int64, of all bits of each record's row: sums of integers, the same in whatever order."""
+    """[N] int64, of all bits of each record's row and of its product with ones: sums of integers, in whatever order."""
     total = torch.zeros(len(gradients[0]), dtype=torch.int64, device=gradients[0].device)
     draw = PublicSeed.from_int(0).numpy("fingerprint")
     for part in gradients:
-        weights = draw.integers(-(2**63), 2**63 - 1, part.shape[1], dtype=np.int64) | 1
-        total += (part.view(torch.int32).long() * torch.from_numpy(weights).to(part.device)).sum(dim=1)
+        wide = part.double()
+        product = torch.linalg.vecdot(wide, wide.new_ones(wide.shape))[:, None].contiguous()
+        for bits in (part.view(torch.int32), product.view(torch.int64)):
+            weights = draw.integers(-(2**63), 2**63 - 1, bits.shape[1], dtype=np.int64) | 1
+            total += (bits.long() * torch.from_numpy(weights).to(bits.device)).sum(dim=1)
     return total

@@ -129,6 +129,24 @@ def test_what_rounding_hides_in_most_records_is_found_all_the_same(columns: int)
     assert company_of(Rare()).agreeing_rows(columns, (8, 16, 32), clients=1) == (16, 32)
 
 
+def test_an_inner_product_that_is_cut_otherwise_for_fewer_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search clips products, of which cancellation may leave nothing but rounding."""
+
+    class Alike(Gossip):
+        def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+            return [batch["input_ids"].float()[:, :3]]
+
+    genuine = torch.linalg.vecdot
+
+    def cut(one: Tensor, other: Tensor) -> Tensor:
+        return genuine(one, other) * (1 + 2**-50 * (len(one) < 16))
+
+    company = company_of(Alike())
+    assert company.agreeing_rows(8, (8, 16, 32), clients=1) == (8, 16, 32)
+    monkeypatch.setattr(torch.linalg, "vecdot", cut)
+    assert company.agreeing_rows(8, (8, 16, 32), clients=1) == (16, 32)
+
+
 def test_a_row_that_is_treated_otherwise_is_found() -> None:
     assert company_of(Placed()).agreeing_rows(8, (2, 4, 8), clients=1) == ()
 
