@@ -43,6 +43,7 @@ _RELEASES = "tests/federation/test_search_releases.py"
 _DESK = "tests/site/test_desk.py"
 _SPENDING = "tests/site/test_spending.py"
 _DAEMON = "tests/site/test_daemon.py"
+_COMPANY = "tests/engine/test_company.py"
 
 LIES = {
     "no noise": Lie(
@@ -71,8 +72,8 @@ LIES = {
     ),
     "the mean of the batch is clipped": Lie(
         file="fedlora/privacy/clipping.py",
-        sound="self.weights(norms)\n        offset",
-        planted="self.weights(sum(gradients[0]).norm().double().expand(len(owner)))\n        offset",
+        sound="weights, offset = self.weights(norms), 0",
+        planted="weights, offset = self.weights(sum(gradients[0]).norm().double().expand(len(owner))), 0",
         checks=(_CLIPPING, _TRAINING),
     ),
     "shuffled batches of fixed size": Lie(
@@ -216,16 +217,46 @@ LIES = {
         planted="_draw(job.gate_phase, job.weight_records, job.sampling)",
         checks=(_BILEVEL,),
     ),
+    "clients draw the same noise": Lie(
+        file="fedlora/engine/releases.py",
+        sound="totals[client], noise=noise[client], slot_sizes",
+        planted="totals[client], noise=noise[0], slot_sizes",
+        checks=("tests/engine/test_releases.py",),
+    ),
+    "smaller micro-batches are used unseen": Lie(
+        file="fedlora/engine/company.py",
+        sound="(rows for rows in fewer if _agree(prints(members, rows), wanted))",
+        planted="fewer",
+        checks=(_COMPANY,),
+    ),
+    "one record stands for all of a micro-batch": Lie(
+        file="fedlora/engine/company.py",
+        sound="if _agree(prints(members, rows), wanted)",
+        planted="if _agree(prints(members[:1], rows), wanted)",
+        checks=(_COMPANY,),
+    ),
+    "rows follow from how many records were drawn": Lie(
+        file="fedlora/engine/batching.py",
+        sound="return self.row_counts(columns, clients, expected) if fewer",
+        planted="return (2, 3, 5, 9, 17, self.most_rows(columns, expected)) if fewer",
+        checks=(_COMPANY,),
+    ),
+    "a head of zeros blinds the look at company": Lie(
+        file="fedlora/federation/workbench.py",
+        sound="        with any_head(config, classifier):\n            return company",
+        planted="        if True:\n            return company",
+        checks=(_COMPANY,),
+    ),
     "gates leave without noise": Lie(
         file="fedlora/engine/gates.py",
-        sound="released = job.gate_phase.privatize(total, noise=job.noise, slot_sizes=(logits.numel(),))",
-        planted="released = total.float()",
+        sound="released = privatize_all([job.gate_phase for job in jobs], gate_sums(gates), noise, (logits.numel(),))",
+        planted="released = list(gate_sums(gates).float())",
         checks=(_BILEVEL, _RELEASES),
     ),
     "gates have the same noise in every step": Lie(
         file="fedlora/engine/gates.py",
-        sound="noise=job.noise, slot_sizes=(logits.numel(),)",
-        planted="noise=type(job.noise)(np.random.default_rng(0)), slot_sizes=(logits.numel(),)",
+        sound="gate_sums(gates), noise, (logits.numel(),))",
+        planted="gate_sums(gates), [type(one)(np.random.default_rng(0)) for one in noise], (logits.numel(),))",
         checks=(_BILEVEL,),
     ),
     "what is made of gradients is not clipped": Lie(

@@ -87,7 +87,10 @@ class Shapes:
     token_budget: int
     agreeing: AgreeingRows | None = field(default=None, repr=False)
     """None: nothing is known, so all micro-batches of a width have as many rows as fit."""
+    patience: int = 0
+    """Steps that are cut before it is asked: a run's first step is not kept waiting by it."""
     _known: dict[tuple[int, int, bool], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _steps: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
     def cut(
         self, lengths: np.ndarray, longest: int, *, clients: int = 1, expected: float = math.inf
@@ -100,15 +103,21 @@ class Shapes:
             clients: K, whose records these are.
             expected: number of records in such a step, a public one: more rows than that would stay empty.
         """
-        yield from fixed_shapes(
-            lengths, self.token_budget, longest, lambda columns: self.row_counts(columns, clients, expected)
-        )
+        self._steps[0] += 1
+        fewer = self._steps[0] > self.patience
+
+        def row_counts(columns: int) -> tuple[int, ...]:
+            return self.row_counts(columns, clients, expected) if fewer else (self.most_rows(columns, expected),)
+
+        yield from fixed_shapes(lengths, self.token_budget, longest, row_counts)
+
+    def most_rows(self, columns: int, expected: float) -> int:
+        """Rows of a full micro-batch; see `cut`."""
+        return min(most_rows(columns, self.token_budget), max(_FEWEST_ROWS, math.ceil(min(expected, 1e9)) + 1))
 
     def row_counts(self, columns: int, clients: int, expected: float) -> tuple[int, ...]:
         """Numbers of rows that micro-batches of `columns` may have, ascending; see `cut`."""
-        most = most_rows(columns, self.token_budget)
-        if expected + 1 < most:
-            most = max(_FEWEST_ROWS, math.ceil(expected) + 1)
+        most = self.most_rows(columns, expected)
         if self.agreeing is None:
             return (most,)
         key = (columns, most, clients == 1)

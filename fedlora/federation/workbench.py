@@ -34,6 +34,8 @@ from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, PROTOTYPE, WA
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
 
+_PATIENCE = 10
+"""Steps: long enough to see that a run runs."""
 _STEPS_THAT_PAY = 100
 """Of a run. To find out which smaller micro-batches agree takes as long as several full ones of each width."""
 
@@ -185,7 +187,7 @@ def _attach(
     except BaseException:
         backend.detach()
         raise
-    return places, layout, backend, Shapes(execution.token_budget, agreeing), initial_theta
+    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience=_PATIENCE), initial_theta
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
