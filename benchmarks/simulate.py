@@ -123,10 +123,11 @@ class _Runner:
 
     def tasks(self, without: list[str]) -> dict[str, Callable[[], Outcome]]:
         float32 = ["--set", "model.dtype=float32", "--set", "model.attention=sdpa"]
+        one_node_each = f"run.workers={self.config.federation.clients}"  # Flower's ordinary way
         every: dict[str, Callable[[], Outcome]] = {
             COHORT: functools.partial(self.cohort, COHORT),
             FLOAT32: functools.partial(self.cohort, FLOAT32, *float32),
-            FLOWER: functools.partial(self.cohort, FLOWER, "--transport", "flower"),
+            FLOWER: functools.partial(self.cohort, FLOWER, "--transport", "flower", "--set", one_node_each),
             CACHED: functools.partial(self.example, CACHED, "cached"),
             ANEW: functools.partial(self.example, ANEW, "per message"),
         }
