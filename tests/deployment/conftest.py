@@ -37,7 +37,7 @@ def deployed_config(tiny_model: Callable[..., Path]) -> Callable[..., RunConfig]
             "federation": {"clients": 3, "rounds": 3, "local_steps": 2, "rejoin_deadline": 120.0},
             "training": {"expected_batch_size": 16, "learning_rate": 0.01},
             "privacy": {"epsilon": 1.0, "delta": 1e-3},
-            "engine": {"token_budget": 4096},
+            "engine": {"token_budget": 4096, "matmul_precision": "highest", "compile": "off"},
             "run": {"device": "cpu"},
         }
         return RunConfig.from_mapping(tables, overrides)

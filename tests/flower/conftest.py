@@ -20,7 +20,7 @@ def config(tiny_model: Callable[..., Path], tmp_path: Path) -> RunConfig:
             "federation": {"rounds": 2, "local_steps": 2, "join_deadline": 0.2, "rejoin_deadline": 0.0},
             "training": {"expected_batch_size": 8},
             "privacy": {"seeded_noise": True, "accountant": "rdp", "delta": 1e-3},
-            "engine": {"token_budget": 4096},
+            "engine": {"token_budget": 4096, "matmul_precision": "highest", "compile": "off"},
             "run": {"device": "cpu", "out": str(tmp_path / "flower")},
         }
     )

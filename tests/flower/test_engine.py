@@ -87,7 +87,7 @@ def make_run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., R
             "federation": {"rounds": 3, "local_steps": 2},
             "training": {"expected_batch_size": 8},
             "privacy": {"seeded_noise": True, "accountant": "rdp", "delta": 1e-3},
-            "engine": {"token_budget": 4096},
+            "engine": {"token_budget": 4096, "matmul_precision": "highest", "compile": "off"},
             "run": {"device": "cpu", "transport": "flower", "workers": 3, "out": str(tmp_path / "flower")},
         }
         return RunConfig.from_mapping(tables, overrides)
