@@ -34,8 +34,9 @@ OUTSIDE_THE_PLAN = (
     *("adapter.target_modules", "adapter.ratio", "adapter.discretise", "adapter.sharing", "adapter.warm_start"),
     *("adapter.gate_learning_rate", "model.temperature"),
     *("model.dtype", "model.attention", "data.validation_part", "data.max_length"),
-    *("run.device", "run.transport", "run.evaluate_every", "run.out"),
+    *("run.device", "run.transport", "run.workers", "run.evaluate_every", "run.out"),
     *("engine.backend", "engine.token_budget", "engine.noise"),
+    *("engine.matmul_precision", "engine.compile", "engine.prefix_cache"),
 )
 """Settings that change no site's q, σ or steps."""
 
