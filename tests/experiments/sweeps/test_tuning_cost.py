@@ -242,6 +242,10 @@ OTHER_VALUES: dict[str, Any] = {
     "run.out": "elsewhere",
     "engine.backend": "opacus",
     "engine.token_budget": 64,
+    "engine.matmul_precision": "high",
+    "engine.compile": "on",
+    "engine.prefix_cache": "off",
+    "run.workers": 2,
     "engine.noise": "device",
 }
 
@@ -258,7 +262,7 @@ def test_settings_outside_the_plan_change_no_charge(name: str, mechanism: str) -
     section, _, key = name.partition(".")
     tables[section][key] = OTHER_VALUES[name] if name in OTHER_VALUES else another(tables[section][key])
     other = RunConfig.from_mapping(tables)
-    assert other.digest() != config.digest() or name in ("run.out", "run.transport")
+    assert other.digest() != config.digest() or name in ("run.out", "run.workers", "run.transport")
 
     def charges(of: RunConfig) -> list[Any]:
         plan = make_plan(of, num_examples=2000, num_steps={"finetune": 20}, client=0)
