@@ -144,10 +144,10 @@ LIES = {
     ),
     "an empty batch is skipped": Lie(
         file="fedlora/engine/training.py",
-        sound="    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)\n",
+        sound="    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)\n",
         planted=(
             "    if not sum(map(len, drawn)):\n        return list(torch.zeros_like(rows))\n"
-            "    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)\n"
+            "    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)\n"
         ),
         checks=(_TRAINING,),
     ),
@@ -237,9 +237,27 @@ LIES = {
     ),
     "rows follow from how many records were drawn": Lie(
         file="fedlora/engine/batching.py",
-        sound="return self.row_counts(columns, clients, expected) if fewer",
-        planted="return (2, 3, 5, 9, 17, self.most_rows(columns, expected)) if fewer",
+        sound="lambda columns: self.row_counts(columns, clients, expected, fewer=fewer),",
+        planted="lambda columns: (2, 3, 5, 9, 17, 33),",
         checks=(_COMPANY,),
+    ),
+    "only one width is looked at": Lie(
+        file="fedlora/engine/batching.py",
+        sound="if self.agreeing is None:",
+        planted="if self.agreeing is None or columns != 24:",
+        checks=(_COMPANY,),
+    ),
+    "a lone client's kernels are not looked at": Lie(
+        file="fedlora/engine/company.py",
+        sound="min(clients, 2) if self.backend.fuses_clients",
+        planted="2 if self.backend.fuses_clients",
+        checks=(_COMPANY,),
+    ),
+    "a wave is cut as if it were the cohort": Lie(
+        file="fedlora/engine/training.py",
+        sound="jobs[0].phase, cohort or len(jobs)",
+        planted="jobs[0].phase, len(jobs)",
+        checks=("tests/federation/test_waves.py",),
     ),
     "a head of zeros blinds the look at company": Lie(
         file="fedlora/federation/workbench.py",

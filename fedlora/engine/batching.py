@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -86,11 +87,11 @@ class Shapes:
 
     token_budget: int
     agreeing: AgreeingRows | None = field(default=None, repr=False)
-    """None: nothing is known, so all micro-batches of a width have as many rows as fit."""
-    patience: int = 0
-    """Steps that are cut before it is asked: a run's first step is not kept waiting by it."""
-    _known: dict[tuple[int, int, bool], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    _steps: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    """Looks at every width before it is first used; None takes full micro-batches as they are."""
+    patience: float = math.inf
+    """Steps that are cut before smaller micro-batches are looked at as well: a run's first step does not wait."""
+    _known: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
 
     def cut(
         self, lengths: np.ndarray, longest: int, *, clients: int = 1, expected: float = math.inf
@@ -100,31 +101,29 @@ class Shapes:
         Args:
             lengths: tokens of each record, [N].
             longest: tokens that the model can take.
-            clients: K, whose records these are.
-            expected: number of records in such a step, a public one: more rows than that would stay empty.
+            clients: K of the whole cohort, of which these may be a wave.
+            expected: number of records in such a step of the whole cohort, a public one: more rows than that would stay
+                empty.
         """
         self._steps[0] += 1
         fewer = self._steps[0] > self.patience
+        yield from fixed_shapes(
+            lengths,
+            self.token_budget,
+            longest,
+            lambda columns: self.row_counts(columns, clients, expected, fewer=fewer),
+        )
 
-        def row_counts(columns: int) -> tuple[int, ...]:
-            return self.row_counts(columns, clients, expected) if fewer else (self.most_rows(columns, expected),)
-
-        yield from fixed_shapes(lengths, self.token_budget, longest, row_counts)
-
-    def most_rows(self, columns: int, expected: float) -> int:
-        """Rows of a full micro-batch; see `cut`."""
-        return min(most_rows(columns, self.token_budget), max(_FEWEST_ROWS, math.ceil(min(expected, 1e9)) + 1))
-
-    def row_counts(self, columns: int, clients: int, expected: float) -> tuple[int, ...]:
-        """Numbers of rows that micro-batches of `columns` may have, ascending; see `cut`."""
-        most = self.most_rows(columns, expected)
+    def row_counts(self, columns: int, clients: int, expected: float, *, fewer: bool = False) -> tuple[int, ...]:
+        """Numbers of rows that micro-batches of `columns` may have, ascending, the last one whatever `fewer` says."""
+        most = min(most_rows(columns, self.token_budget), max(_FEWEST_ROWS, math.ceil(min(expected, 1e9)) + 1))
         if self.agreeing is None:
             return (most,)
-        key = (columns, most, clients == 1)
+        smaller = [count for count in (most // 4, most // 2) if fewer and count >= _WORTHWHILE_ROWS]
+        key = (columns, most, clients == 1, bool(smaller))
         if key not in self._known:
-            fewer = [count for count in (most // 4, most // 2) if count >= _WORTHWHILE_ROWS]
             # Where even full micro-batches let records influence one another, each record has one of its own.
-            self._known[key] = tuple(self.agreeing(columns, (*fewer, most), clients)) or (_FEWEST_ROWS,)
+            self._known[key] = tuple(self.agreeing(columns, (*smaller, most), clients)) or (_FEWEST_ROWS,)
         return self._known[key]
 
 

@@ -25,7 +25,7 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
 
-_WIDTHS = (8, 24)
+_WIDTH = 24
 _TOKENS = 1024
 """So many are compared at least between numbers of rows. Another kernel shows in float32 at once. In bfloat16 rounding
 hides most of it: a number comes out otherwise with a chance of some 3e-5, so that it takes thousands of numbers to see
@@ -52,7 +52,7 @@ class Company:
     projection: LowPass | None = None
 
     def check(self, *, token_budget: int, longest: int) -> None:
-        """See that micro-batches as large as they get have no influence, at two widths.
+        """See that micro-batches as large as they get have no influence, at one width; `Shapes` looks at the others.
 
         Args:
             token_budget: as in training; from it follow the shapes.
@@ -61,15 +61,15 @@ class Company:
         Raises:
             PrivacyError: they have.
         """
-        for columns in sorted({min(columns, longest) for columns in _WIDTHS}):
-            rows = most_rows(columns, token_budget)
-            if not self.agreeing_rows(columns, (rows,), clients=2):
-                raise PrivacyError(
-                    f"on this machine a record's gradient depends on the records beside it (micro-batches of {rows} by "
-                    f"{columns} tokens on {self.device}), so that clipping does not bound what one record changes; "
-                    "set engine.token_budget=1 to take records one by one, or try model.dtype=float32 or another "
-                    "model.attention"
-                )
+        columns = min(_WIDTH, longest)
+        rows = most_rows(columns, token_budget)
+        if not self.agreeing_rows(columns, (rows,), clients=2):
+            raise PrivacyError(
+                f"on this machine a record's gradient depends on the records beside it (micro-batches of {rows} by "
+                f"{columns} tokens on {self.device}), so that clipping does not bound what one record changes; "
+                "set engine.token_budget=1 to take records one by one, or try model.dtype=float32 or another "
+                "model.attention"
+            )
 
     def agreeing_rows(self, columns: int, counts: Sequence[int], clients: int) -> tuple[int, ...]:
         """Those of `counts` in which every record has the bits that it has in the largest, whoever is beside it.

@@ -170,6 +170,7 @@ def search(
     gate_learning_rate: float,
     training: TrainingConfig,
     shapes: Shapes,
+    cohort: int | None = None,
 ) -> list[Tensor]:
     """Weights and gates in turn, one private step each, `num_steps` times; first order (DARTS without unrolling).
 
@@ -185,6 +186,7 @@ def search(
         num_steps: of each of the two.
         learning_rate, training: of the weights.
         gate_learning_rate: of the gates.
+        cohort: clients of the round, where these jobs are a wave of it.
 
     Returns:
         Per client its weights and then its gates' logits, [P + M] float32.
@@ -198,6 +200,7 @@ def search(
     rows, gate_rows = theta.repeat(len(jobs), 1), logits.repeat(len(jobs), 1)
     parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
     optimizer = make_optimizer(training, learning_rate, parameters)
+    clients = cohort or len(jobs)
     batch_size, noise = training.expected_batch_size, [job.noise for job in jobs]
 
     def weight_sums(gates: Tensor) -> Tensor:
@@ -209,7 +212,8 @@ def search(
             gated.scaled(rows, gates),
             phase,
             shapes=shapes,
-            expected=len(jobs) * batch_size,
+            clients=clients,
+            expected=clients * batch_size,
             vectors=lambda gradients, owner: gated.weighted(gradients, gates, owner),
         )
 
@@ -223,7 +227,8 @@ def search(
             gated.scaled(rows, gates),
             gate_phase,
             shapes=shapes,
-            expected=len(jobs) * batch_size,
+            clients=clients,
+            expected=clients * batch_size,
             vectors=lambda gradients, owner: [gated.products(gradients, rows.detach(), owner) * slopes[owner]],
             width=logits.numel(),
         )

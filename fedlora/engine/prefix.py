@@ -135,7 +135,9 @@ class Prefix:
         """
         made_by = made_by or self
         draw, tokenizer = PublicSeed.from_int(0).torch("prefix"), self.classifier.tokenizer
-        theta = 0.3 * torch.randn(1, sum(backend.slot_sizes), generator=draw)
+        # As in training: the adapters of a lone client are not copied for each record.
+        copies = min(self.clients, 2) if backend.fuses_clients else 1
+        theta = 0.3 * torch.randn(copies, sum(backend.slot_sizes), generator=draw)
         for columns in sorted({min(columns, longest) for columns in _WIDTHS}):
             rows = self._rows(columns)
             mask = torch.arange(columns) < columns - torch.arange(rows)[:, None] % 4
@@ -145,7 +147,8 @@ class Prefix:
             batch = {"input_ids": ids.to(self.device), "attention_mask": mask.long().to(self.device)}
             states = self._states_in_rows_of(made_by._rows(columns), batch) * batch["attention_mask"].unsqueeze(2)
             labels = torch.zeros(rows, dtype=torch.int64 if self.classifier.num_labels > 1 else torch.float32)
-            own = (theta.to(self.device), labels.to(self.device), torch.zeros_like(batch["input_ids"][:, 0]))
+            owner = torch.arange(rows, device=self.device) % copies
+            own = (theta.to(self.device), labels.to(self.device), owner)
             plain, kept = (
                 backend.gradients(own[0], given, *own[1:])
                 for given in (batch, batch | {Classifier.states_key(self.blocks): states})

@@ -33,7 +33,7 @@ def privatize_all(
     released: dict[int, Tensor] = {}
     sharing: dict[int, list[int]] = {}
     for client, source in enumerate(noise):
-        sharing.setdefault(id(source), []).append(client)
+        sharing.setdefault(id(getattr(source, "generator", source)), []).append(client)
 
     def release(clients: list[int]) -> None:
         for client in clients:

@@ -32,6 +32,7 @@ def clipped_sums(
     phase: PhasePlan,
     *,
     shapes: Shapes,
+    clients: int | None = None,
     expected: float = math.inf,
     vectors: Vectors | None = None,
     width: int | None = None,
@@ -45,20 +46,24 @@ def clipped_sums(
         rows: [K, P] float32, where each client's gradients are taken.
         phase: projects and clips; the same for all clients.
         shapes: how micro-batches are cut.
-        expected: number of records in such a step over all clients, a public one; see `Shapes.cut`.
+        clients: of the whole cohort, of which these K may be a wave; K by default.
+        expected: number of records in such a step of the whole cohort, a public one; see `Shapes.cut`.
         vectors: what is clipped; the gradients themselves by default.
         width: numbers in a record's vector; P by default.
     """
     records = np.concatenate(drawn)
     owner = np.repeat(np.arange(len(drawn)), [len(part) for part in drawn])
+    cohort, theta = clients or len(rows), rows.detach()
+    if len(theta) == 1 < cohort:
+        theta = theta.expand(2, -1)  # or the kernels of a lone client would show that the others wait
     totals = torch.zeros(len(rows), width or rows.shape[1], dtype=torch.float64, device=rows.device)
-    for group in _groups(dataset, records, owner, shapes, len(rows), expected, fused=backend.fuses_clients):
+    for group in _groups(dataset, records, owner, shapes, cohort, expected, fused=backend.fuses_clients):
         batch, labels = dataset.batch(records[group.positions], rows.device, shape=(group.rows, group.columns))
         members = owner[group.positions]
         dummies = np.full(group.rows - len(members), members[0])  # they belong to anyone
         everyone = torch.from_numpy(np.concatenate([members, dummies])).to(rows.device)
         owners = everyone[: len(members)]
-        gradients = backend.gradients(rows.detach(), batch, labels, everyone)
+        gradients = backend.gradients(theta, batch, labels, everyone)
         phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)
     return totals
 

@@ -60,11 +60,15 @@ def train(
     learning_rate: float,
     training: TrainingConfig,
     shapes: Shapes,
+    cohort: int | None = None,
 ) -> list[TrainedRow]:
     """Train every job for `num_steps` private steps from the common `theta` [P] float32.
 
     Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients, adds noise once
     per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
+
+    Args:
+        cohort: clients of the round, where these jobs are a wave of it; nobody's bits tell how it was divided.
 
     Raises:
         PrivacyError: the jobs project or clip differently. One call treats all records alike; each job's noise fits
@@ -83,7 +87,7 @@ def train(
     )
     for _ in range(num_steps):
         point = noise_filter.point(rows)
-        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, shapes))
+        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, shapes, cohort))
         for parameter, gradient in zip(parameters, noise_filter.refine(gradients), strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -106,11 +110,13 @@ def _private_mean_gradients(
     rows: Tensor,
     training: TrainingConfig,
     shapes: Shapes,
+    cohort: int | None,
 ) -> list[Tensor]:
     """One logical step: for each job (clipped sum + noise) / expected batch size, [P]."""
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
-    phase, expected = jobs[0].phase, len(jobs) * training.expected_batch_size
-    totals = clipped_sums(backend, dataset, drawn, rows, phase, shapes=shapes, expected=expected)
+    phase, clients = jobs[0].phase, cohort or len(jobs)
+    how: dict[str, Any] = {"shapes": shapes, "clients": clients, "expected": clients * training.expected_batch_size}
+    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)
     released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], backend.slot_sizes)
     return [gradient.div_(training.expected_batch_size) for gradient in released]
 

@@ -187,13 +187,14 @@ class Cohort:
         ]
         trained = train(
             bench.backend,
-            self.dataset if self.prefixes is None else with_prefix(self.prefixes, bench, entry, sites),
+            self.dataset if self.prefixes is None else with_prefix(self.prefixes, bench, entry, self.sites),
             jobs,
             theta,
             num_steps=entry.num_steps,
             learning_rate=entry.learning_rate,
             training=bench.config.training,
             shapes=bench.shapes,
+            cohort=len(self.sites),
         )
         if bench.config.training.keep_state:
             for site, row in zip(sites, trained, strict=True):
@@ -226,6 +227,7 @@ class Cohort:
             gate_learning_rate=bench.config.adapter.gate_learning_rate,
             training=bench.config.training,
             shapes=bench.shapes,
+            cohort=len(self.sites),
         )
         return [row.cpu() for row in found]
 

@@ -31,7 +31,7 @@ def with_prefix(
         prefixes: of the process.
         bench: with the round's adapters attached.
         entry: the round.
-        sites: who trains in one call.
+        sites: the round's whole cohort.
     """
     modules = [path for paths in bench.places.values() for path in paths]
     batch_size, clients = bench.config.training.expected_batch_size, len(sites)

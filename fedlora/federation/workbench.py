@@ -5,6 +5,7 @@ Server, simulated cohort and a single client build the same thing, so their layo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,10 +185,12 @@ def _attach(
     try:
         with exhaustion_named(f"a micro-batch of {config.model.name}"):
             agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
+        many_steps = config.federation.rounds * config.federation.local_steps >= _STEPS_THAT_PAY
+        patience = _PATIENCE if many_steps and not execution.compiled else math.inf  # to compile, each is one more
     except BaseException:
         backend.detach()
         raise
-    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience=_PATIENCE), initial_theta
+    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience), initial_theta
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
@@ -202,8 +205,8 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Ten
 
 def _check_company(
     config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend
-) -> AgreeingRows | None:
-    """See that records have no influence on one another; what finds out more about that, where a run is long enough."""
+) -> AgreeingRows:
+    """See that records have no influence on one another; what looks at more shapes when they are to be used."""
     company = Company(
         backend=backend,
         vocabulary=len(classifier.tokenizer),
@@ -214,9 +217,6 @@ def _check_company(
     longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
     with any_head(config, classifier):
         company.check(token_budget=execution.token_budget, longest=longest)
-
-    if execution.compiled or config.federation.rounds * config.federation.local_steps < _STEPS_THAT_PAY:
-        return None  # each more shape would have to be compiled
 
     def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
         with any_head(config, classifier):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_only_numbers_of_rows_that_give_the_same_bits_are_used() -> None:
     company = company_of(Shaped())
     assert company.agreeing_rows(8, (2, 4, 8, 16, 33), clients=2) == (8, 16, 33)
     assert company.agreeing_rows(8, (2, 4, 6), clients=2) == (2, 4, 6), "among themselves small ones agree"
-    shapes = Shapes(8 * 33, company.agreeing_rows)
+    shapes = Shapes(8 * 33, company.agreeing_rows, patience=0)
     for count, rows in ((1, [8]), (7, [8]), (8, [16]), (15, [16]), (16, [33]), (32, [33]), (40, [33, 16])):
         assert [group.rows for group in shapes.cut(np.full(count, 5), 512)] == rows
     assert [group.rows for group in shapes.cut(np.full(4, 5), 512, expected=5)] == [6]
@@ -139,7 +140,8 @@ def test_an_inner_product_that_is_cut_otherwise_for_fewer_rows_is_found(monkeypa
     genuine = torch.linalg.vecdot
 
     def cut(one: Tensor, other: Tensor) -> Tensor:
-        return genuine(one, other) * (1 + 2**-50 * (len(one) < 16))
+        product: Tensor = genuine(one, other)
+        return product * (1 + 2**-50 * (len(one) < 16))
 
     company = company_of(Alike())
     assert company.agreeing_rows(8, (8, 16, 32), clients=1) == (8, 16, 32)
@@ -156,6 +158,40 @@ def test_what_is_expected_bounds_the_rows_and_what_came_does_not() -> None:
     for count in (1, 5, 40):
         assert {group.rows for group in shapes.cut(np.full(count, 5), 512, expected=8.2)} == {10}
     assert {group.rows for group in shapes.cut(np.full(5, 5), 512, expected=0.3)} == {2}
+
+
+class LoneLeak(Gossip):
+    """Kernels that mix records where a lone client's adapters are not copied."""
+
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+        ids = batch["input_ids"].float()
+        return [ids[:, :3] + 1e-3 * ids.sum() * (len(theta) == 1)]
+
+
+@pytest.mark.parametrize("steps", [1, 99, 1000])
+def test_every_width_is_looked_at_in_the_shape_and_on_the_path_of_training(make_bench: Any, steps: int) -> None:
+    """From the first step on, in short runs too: who cannot be seen to be alike is alone."""
+    bench = make_bench("privacy.seeded_noise=false", f"federation.rounds={steps}", "federation.local_steps=1")
+    asked: list[tuple[int, tuple[int, ...], int]] = []
+    genuine = bench.shapes.agreeing
+
+    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
+        asked.append((columns, tuple(counts), clients))
+        found: Sequence[int] = genuine(columns, counts, clients)
+        return found
+
+    shapes = replace(bench.shapes, agreeing=agreeing)
+    for clients in (1, 3):
+        for group in shapes.cut(np.array([5, 12, 16, 20]), 512, clients=clients, expected=8):
+            assert (group.columns, (group.rows,), clients) in asked
+    mixed = replace(bench.shapes, agreeing=company_of(LoneLeak()).agreeing_rows)
+    assert [group.rows for group in mixed.cut(np.full(3, 12), 512, clients=1, expected=8)] == [2, 2, 2]
+    assert [group.rows for group in mixed.cut(np.full(3, 12), 512, clients=3, expected=8)] == [9]
+
+
+def test_smaller_micro_batches_wait_until_a_run_runs() -> None:
+    shapes = Shapes(512, lambda columns, counts, clients: counts, patience=2)
+    assert [[group.rows for group in shapes.cut(np.full(3, 8), 512)] for _ in range(4)] == [[64], [64], [16], [16]]
 
 
 def test_what_was_found_out_is_not_asked_again() -> None:
@@ -182,9 +218,10 @@ def test_smaller_micro_batches_give_the_same_sums(
     rows, phase = (bench.initial_theta + 0.3).repeat(2, 1), make_phase(1.0, 0.0, 0.01)
     drawn = [np.arange(4), np.arange(4, 10)]
     full, fewer = (
-        clipped_sums(bench.backend, data, drawn, rows, phase, shapes=shapes) for shapes in (Shapes(512), bench.shapes)
+        clipped_sums(bench.backend, data, drawn, rows, phase, shapes=shapes)
+        for shapes in (Shapes(512), replace(bench.shapes, patience=0))
     )
-    assert bench.shapes.row_counts(8, 2, np.inf) != (64,)
+    assert bench.shapes.row_counts(8, 2, np.inf, fewer=True) != (64,)
     assert (full - fewer).abs().max() <= 1e-15 * full.abs().max()
 
 
@@ -201,7 +238,7 @@ def test_a_head_that_silences_gradients_does_not_blind_the_check(
         return genuine(gradients)
 
     monkeypatch.setattr(company, "_fingerprints", spy)
-    bench.shapes.row_counts(16, 1, 30)
+    bench.shapes.row_counts(16, 1, 30, fewer=True)
     assert min(seen) > 0
     assert bench.classifier.head.linear.weight.abs().max() == 0, "and the head is what it was"
 

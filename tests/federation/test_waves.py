@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora.engine import gates, training
 from fedlora.engine.device_memory import peak_bytes
+from fedlora.engine.expanded import ExpandedBackend
 from fedlora.errors import ModelError
 from fedlora.federation import cohort, waves
 from fedlora.privacy.phases import BILEVEL, FINETUNE
@@ -94,11 +95,33 @@ def test_waves_of_any_size_give_what_one_call_gives(
     seen = sizes_of_calls(monkeypatch)
     found = rounds(apart, phase)
     assert seen == calls * (len(found) // 5)
-    assert same(found, wanted, bits=size > 1 and phase == FINETUNE)
+    assert same(found, wanted, bits=phase == FINETUNE)
     for one, other in zip(apart.sites, together.sites, strict=True):
         assert (one.optimizer_state is None) == (other.optimizer_state is None) == (options != ADAM)
         for key, value in (one.optimizer_state or {}).items():
             assert torch.allclose(value, other.optimizer_state[key], atol=1e-6), key
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_no_record_can_tell_from_its_shapes_that_others_wait(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """How a cohort is divided may follow from what one long record takes: it must not show in the bits of others."""
+    shapes: list[tuple[int, ...]] = []
+    genuine = ExpandedBackend.gradients
+
+    def spy(self: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> Any:
+        shapes.append((*batch["input_ids"].shape, min(len(theta), 2)))
+        return genuine(self, theta, batch, labels, owner)
+
+    together, apart = (make_federation(*FIVE, "engine.token_budget=512") for _ in range(2))
+    monkeypatch.setattr(ExpandedBackend, "gradients", spy)
+    rounds(together, FINETUNE)
+    wanted = set(shapes)
+    shapes.clear()
+    monkeypatch.setattr(cohort, "wave_size", lambda *_: size)
+    rounds(apart, FINETUNE)
+    assert set(shapes) <= wanted
 
 
 @pytest.mark.parametrize("options", [(), ADAM, BILEVEL_SEARCH], ids=["sgd", "adam", "search"])
