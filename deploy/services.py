@@ -195,5 +195,6 @@ def quiet_environment(executables: Path, **more: str) -> dict[str, str]:
         **QUIET,
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
+        "FLWR_LOG_LEVEL": "INFO",  # that a service is ready is read from its log
         **more,
     }
