@@ -25,6 +25,12 @@ def padded_batch(records: int, tokens: int, seed: int = 0) -> tuple[Batch, Tenso
     return batch, torch.randint(0, 2, (records,), generator=draw)
 
 
+def parse_shape(shape: str) -> tuple[int, int]:
+    """Records and tokens of "8x16"."""
+    records, _, tokens = shape.partition("x")
+    return int(records), int(tokens)
+
+
 def logical_batch(base: Base, records: int) -> EncodedDataset:
     """`records` of the generated SST-2-like corpus: what one Poisson draw looks like."""
     corpus = load_records("sst2", "generated", "train", generated_records=6000, seed=PublicSeed.from_int(0))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.batches import parse_shape
 from benchmarks.fused import APART, CENTRALISED, WAYS, Engine, Noise, Work, agreement, contest
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.report import RESULTS, command, conditions, save, table
@@ -43,7 +44,7 @@ def main() -> None:
     plans = {name: bench.execution.describe() for name, bench in benches.items()}
     engines = {name: _engine(bench, options.noise) for name, bench in benches.items()}
     device = next(iter(engines.values())).device.type
-    shapes = [_parse(shape) for shape in options.shapes]
+    shapes = [parse_shape(shape) for shape in options.shapes]
     probe = Work(clients=min(4, max(options.clients)), records=shapes[0][0], tokens=shapes[0][1], steps=1)
     found = {name: agreement(engine, probe) for name, engine in engines.items()}
     print("the three ways end at the same place:", found)
@@ -86,11 +87,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
-
-
-def _parse(shape: str) -> tuple[int, int]:
-    records, _, tokens = shape.partition("x")
-    return int(records), int(tokens)
 
 
 def _bench(model: str, device: str, plan: Mapping[str, str]) -> Workbench:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.agreement import check_agreement
-from benchmarks.batches import padded_batch
+from benchmarks.batches import padded_batch, parse_shape
 from benchmarks.contenders import CONTENDERS, Base, Contender, Execution, Settings
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.memory import step_memory
@@ -71,7 +71,7 @@ def main() -> None:
     line_up = [Entry(name, execution) for execution, names in LINE_UP.items() for name in names]
     contenders = {entry: CONTENDERS[entry.name](Base.load(entry.execution), Settings()) for entry in line_up}
     measured = {
-        shape: _time(contenders, *_parse(shape), options.repeats, random.Random(options.seed))
+        shape: _time(contenders, *parse_shape(shape), options.repeats, random.Random(options.seed))
         for shape in options.shapes
     }
     facts["shapes"] = {shape: _shape_facts(shape, times) for shape, times in measured.items()}
@@ -103,11 +103,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _parse(shape: str) -> tuple[int, int]:
-    records, _, tokens = shape.partition("x")
-    return int(records), int(tokens)
-
-
 def _bound(contender: Contender, records: int, tokens: int) -> Callable[[], None]:
     batch, labels = padded_batch(records, tokens)
     return lambda: contender.step(batch, labels)
@@ -135,7 +130,7 @@ def _timed(task: Callable[[], None]) -> Callable[[], float]:
 
 
 def _shape_facts(shape: str, times: Times) -> dict[str, Any]:
-    records, _ = _parse(shape)
+    records, _ = parse_shape(shape)
     facts = {}
     for entry, seconds in times.items():
         facts[str(entry)] = {
@@ -192,7 +187,7 @@ def _markdown(facts: dict[str, Any], measured: Mapping[str, Times]) -> str:
     entries += [Entry("opacus_hooks", USUAL), Entry("opacus_ghost", USUAL)]
     rows = []
     for shape, times in measured.items():
-        records, _ = _parse(shape)
+        records, _ = parse_shape(shape)
         speeds = " / ".join(f"{records / Spread.of(times[entry]).median:.0f}" for entry in entries)
         rows.append([shape, *(_to_peft(times, entry, USUAL) for entry in entries), speeds])
     parts.append(table(["records x tokens", *entries, "records/s, in this order"], rows))

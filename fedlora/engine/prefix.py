@@ -49,10 +49,10 @@ class Room:
     """In a file without a name, in the folder for temporary files ($TMPDIR)."""
 
     @classmethod
-    def beside(cls, device: torch.device, *, disk: int = 0) -> Room:
-        """A quarter of what is free on `device` and on the host by now, and `disk` bytes."""
+    def beside(cls, device: torch.device) -> Room:
+        """A quarter of what is free on `device` and on the host by now, and nothing on disk."""
         free = free_bytes(device) if device.type == "cuda" else 0
-        return cls(accelerator=free // 4, memory=free_host_bytes() // 4, disk=disk)
+        return cls(accelerator=free // 4, memory=free_host_bytes() // 4)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -83,7 +83,7 @@ class PrefixedDataset(EncodedDataset):
         """
         starts = self.states_from[indices]
         if (starts < 0).any():
-            raise PrivacyError(f"{int((starts < 0).sum())} records of a batch have no states kept; keep those of all")
+            raise PrivacyError("records of a batch have no states kept; keep those of all")  # how many is private
         inputs, labels = super().batch(indices, device, shape=shape)
         rows, columns = inputs["input_ids"].shape
         real = np.arange(columns) < self.lengths[indices, None]

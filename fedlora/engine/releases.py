@@ -40,9 +40,10 @@ def privatize_all(
             released[client] = phases[client].privatize(totals[client], noise=noise[client], slot_sizes=slot_sizes)
 
     threads = min(len(sharing), torch.get_num_threads())
-    if threads < 2:
-        release(list(range(len(totals))))
-        return [released[client] for client in range(len(totals))]
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        list(pool.map(release, sharing.values()))  # a list, so that what one of them raises is raised here
+    if threads == 1:
+        for clients in sharing.values():
+            release(clients)
+    else:
+        with ThreadPoolExecutor(max_workers=threads) as pool:
+            list(pool.map(release, sharing.values()))  # a list, so that what one of them raises is raised here
     return [released[client] for client in range(len(totals))]

@@ -64,17 +64,17 @@ class Clocks:
     """Calendar clocks of a site's host and of the server's, which can be put wrong."""
 
     folder: Path
-    library: Path
+    shim: Path
 
     @classmethod
     def make(cls, folder: Path) -> Clocks | None:
         """None where there is no C compiler."""
         if (compiler := shutil.which("cc")) is None:
             return None
-        library = folder / "clock.so"
+        shim = folder / "clock.so"
         source = Path(__file__).with_name("clock.c")
-        subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-        clocks = cls(folder=folder, library=library)
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"], check=True)
+        clocks = cls(folder=folder, shim=shim)
         clocks.right()
         return clocks
 
@@ -90,7 +90,7 @@ class Clocks:
     def of(self, host: str) -> dict[str, str]:
         """Variables of a process on `host`."""
         ahead = self.folder.joinpath(host)
-        return {"LD_PRELOAD": str(self.library), "FEDLORA_CLOCK_AHEAD": str(ahead)}
+        return {"LD_PRELOAD": str(self.shim), "FEDLORA_CLOCK_AHEAD": str(ahead)}
 
 
 @pytest.fixture(scope="module")

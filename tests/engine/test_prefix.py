@@ -217,7 +217,7 @@ def test_only_asked_records_are_kept_and_no_others_are_drawn(make_bench: Any, ra
     data = kept(bench_of(make_bench), random_records(RAGGED), 1, [3, 1, 3])
     assert len(data.states) == RAGGED[3] + RAGGED[1]
     data.batch(np.array([1, 3]))
-    with pytest.raises(PrivacyError, match="1 records of a batch"):
+    with pytest.raises(PrivacyError, match=r"^records of a batch have no states kept"):
         data.batch(np.array([1, 2]))
 
 
