@@ -1,28 +1,16 @@
-"""RunConfig: one frozen description of a run, in three notations that say the same.
-
-    TOML file  ⇄  frozen dataclasses  ⇄  Flower's flat run_config ("privacy.epsilon" = 6.0)
-
-Every key has a default and the defaults are the quickstart; what is not a key is an error that names the nearest one.
-Knows no torch and starts fast.
-"""
+"""Sections of a run's configuration: every key with its type, default, range and meaning."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import tomllib
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
 from fedlora.errors import ConfigError
-from fedlora.schema import Section, build_section, parse_settings, read_settings, require_known, setting, shown
+from fedlora.schema import Section, setting, shown
 
-Scalar = bool | int | float | str
+Method = Literal[
+    "ffa", "lora", "rolora", "la_lora", "ffa_svd", "fed_sb", "fedex", "fedsa", "flora", "flexlora", "hetlora"
+]
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 
@@ -47,8 +35,19 @@ class ModelConfig(Section, section="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section, section="adapter"):
-    method: Literal["ffa"] = setting("ffa", "ffa: A frozen, only B is trained and sent")
+    method: Method = setting("ffa", "which factors of B A train, which are sent and what the server makes of them")
     rank: int = setting(8, "inner dimension r of B A", at_least=1)
+    ranks: str = setting(
+        "", 'of the clients, over and over in this order, for flora, flexlora and hetlora: "8, 4"; empty: all have rank'
+    )
+    rate_of_a: float = setting(1.0, "learning rate of A over that of B, where a method trains A", above=0)
+    svd_split: Literal["orthonormal", "balanced"] = setting(
+        "orthonormal", "of ffa_svd: singular values go to B | their roots to both factors"
+    )
+    svd_every: int = setting(1, "rounds of ffa_svd between two divisions of B A", at_least=1)
+    subspace: Literal["random", "weights"] = setting(
+        "random", "fixed outer factors of fed_sb: random orthonormal | leading singular vectors of the frozen weight"
+    )
     alpha: float = setting(8.0, "the adapter's output is scaled by alpha / rank", above=0)
     target_modules: tuple[str, ...] = setting(
         ("auto",),
@@ -77,6 +76,35 @@ class AdapterConfig(Section, section="adapter"):
     gate_learning_rate: float = setting(1.0, "of the gates of select = bilevel", above=0)
     mask: str = setting("", "file with the choice itself, for select = mask: a selection.json, or a list of modules")
     probe_texts: str = setting("", "file of public texts by line for select = probe; empty: generated ones")
+
+    @property
+    def planned_warmup_rounds(self) -> int:
+        """Rounds that train all candidates before modules are chosen."""
+        return self.warmup_rounds if self.select in ("alignment", "warmup", "bilevel") else 0
+
+    @property
+    def planned_search_rounds(self) -> int:
+        """Rounds that train weights and gates in turn."""
+        return self.search_rounds if self.select == "bilevel" else 0
+
+    @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """`ranks` as numbers, `rank` alone where there are none.
+
+        Raises:
+            ConfigError: they are something else.
+        """
+        parts = [part.strip() for part in self.ranks.split(",")] if self.ranks.strip() else [str(self.rank)]
+        if not all(part.isdecimal() and 1 <= int(part) <= self.rank for part in parts):
+            raise ConfigError(
+                f"adapter.ranks = {shown(self.ranks)}, wanted whole numbers from 1 to adapter.rank = {self.rank} with "
+                'commas between them, such as "8, 4, 2"'
+            )
+        return tuple(int(part) for part in parts)
+
+    def rank_of(self, client: int) -> int:
+        """Of the adapters that `client` trains."""
+        return self.client_ranks[client % len(self.client_ranks)]
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -116,8 +144,28 @@ class FederationConfig(Section, section="federation"):
     rounds: int = setting(10, "rounds of training, those of a search among them", at_least=1)
     local_steps: int = setting(10, "private steps of a client in a round", at_least=1)
     participation: float = setting(1.0, "share of clients asked in a round", above=0, at_most=1)
-    weights: Literal["uniform"] = setting("uniform", "weights of the clients in the mean")
-    server_optimizer: Literal["none"] = setting("none", "none: the mean is the next global state")
+    weights: Literal["uniform", "public_size"] = setting(
+        "uniform", "of the clients in the mean: equal | by the number of records that each tells"
+    )
+    aggregator: Literal["mean", "median", "trimmed_mean", "multi_krum", "norm_bound"] = setting(
+        "mean", "of the clients' moves: mean | by coordinate | of the closest to one another | each cut to a length"
+    )
+    attackers: int | Literal["auto"] = setting(
+        "auto",
+        "clients that trimmed_mean and multi_krum withstand; auto: a fifth of those asked, at least one",
+        at_least=0,
+    )
+    norm_bound: float | Literal["auto"] = setting(
+        "auto", "longest move of a client under norm_bound; auto: that of the median client", above=0
+    )
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = setting(
+        "none", "what the server does with the aggregated move; none: takes it"
+    )
+    server_learning_rate: float = setting(1.0, "of server_optimizer", above=0)
+    server_momentum: float = setting(0.9, "of server_optimizer", at_least=0, at_most=1)
+    wire_dtype: Literal["float32", "bfloat16", "int8"] = setting(
+        "float32", "of a client's noised move on its way to the server; rounded by chance, so without bias"
+    )
     minimum_clients: int = setting(
         1, "a round that fewer answer usably ends the run, which can be gone on with", at_least=1
     )
@@ -136,6 +184,11 @@ class FederationConfig(Section, section="federation"):
     def cohort_size(self) -> int:
         """How many clients are asked in a round of training."""
         return max(1, round(self.participation * self.clients))
+
+    @property
+    def assumed_attackers(self) -> int:
+        """`attackers` with auto spelled out."""
+        return max(1, self.cohort_size // 5) if self.attackers == "auto" else self.attackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +210,14 @@ class TrainingConfig(Section, section="training"):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Section, section="privacy"):
-    unit: Literal["record"] = setting("record", "what is protected: one record of one site (add/remove)")
+    unit: Literal["record", "client"] = setting(
+        "record",
+        "what is protected, add/remove: a record of a site, from everyone | a site's whole data, by the server",
+    )
+    client_clip_norm: float = setting(1.0, "L2 bound of a client's whole move in a round, for unit = client", above=0)
+    client_noise: Literal["server", "shared"] = setting(
+        "server", "of unit = client: added once by the server, which is trusted | a part of it by each client"
+    )
     epsilon: float = setting(6.0, "target for the whole run, per site; inf is an explicit non-private run", above=0)
     delta: float = setting(1e-5, "must be below 1/n of every site", above=0, at_most=0.5)
     clipping: Literal["flat", "automatic"] = setting("flat", "flat: min(1, C/|g|) | automatic: C/(|g| + 0.01)")
@@ -211,212 +271,3 @@ class RunSection(Section, section="run"):
     )
     evaluate_every: int = setting(1, "rounds between evaluations on public validation data", at_least=1)
     out: str = setting("", "run folder; empty: runs/<task>-<method>-<time>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run, complete: two equal configs and one public seed describe the same experiment."""
-
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    run: RunSection = dataclasses.field(default_factory=RunSection)
-
-    def __post_init__(self) -> None:
-        _check_relations(self)
-
-    @property
-    def private(self) -> bool:
-        """Whether the run asks for a guarantee at all; False also for a mechanism that can give none."""
-        return math.isfinite(self.privacy.epsilon) and not self.unsound
-
-    @property
-    def unsound(self) -> bool:
-        """Whether the mechanism protects nothing, however much noise it adds."""
-        return self.privacy.mechanism == "gredp" and self.privacy.gredp_noise == "real"
-
-    @property
-    def warmup_rounds(self) -> int:
-        """Rounds that train all candidates before modules are chosen."""
-        return self.adapter.warmup_rounds if self.adapter.select in ("alignment", "warmup", "bilevel") else 0
-
-    @property
-    def search_rounds(self) -> int:
-        """Rounds that train weights and gates in turn."""
-        return self.adapter.search_rounds if self.adapter.select == "bilevel" else 0
-
-    @classmethod
-    def from_mapping(cls, tables: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Build from nested tables, then apply `section.key=value` overrides.
-
-        Raises:
-            ConfigError: unknown section or key, wrong type, value out of range or at odds with another.
-        """
-        merged: dict[str, dict[str, Any]] = {}
-        for section, table in tables.items():
-            require_known(section, SECTIONS, "section", f"[{section}]")
-            if not isinstance(table, Mapping):
-                raise ConfigError(
-                    f"[{section}] is {shown(table)}, wanted a table of keys; write [{section}] above them"
-                )
-            merged[section] = dict(table)
-        for override in overrides:
-            section, key, value = parse_override(override)
-            merged.setdefault(section, {})[key] = value
-        built: dict[str, Any] = {section: build_section(SECTIONS[section], table) for section, table in merged.items()}
-        return cls(**built)
-
-    @classmethod
-    def from_toml(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a recipe; see `from_mapping` for what is refused."""
-        return cls.from_mapping(parse_settings(read_settings(path, "recipe"), f"recipe {path}"), overrides)
-
-    def to_mapping(self) -> dict[str, dict[str, Any]]:
-        """Nested tables of plain values, tuples as lists; `from_mapping` inverts it."""
-        tables = dataclasses.asdict(self)
-        return {
-            section: {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
-            for section, table in tables.items()
-        }
-
-    def to_toml(self) -> str:
-        import tomli_w
-
-        return tomli_w.dumps(self.to_mapping())
-
-    @classmethod
-    def from_flower(cls, run_config: Mapping[str, Scalar]) -> Self:
-        """Build from Flower's flat run_config; tuples travel as comma-separated text."""
-        tables: dict[str, dict[str, Any]] = {}
-        for flat_key, value in run_config.items():
-            section, _, key = flat_key.partition(".")
-            tables.setdefault(section, {})[key] = value
-        return cls.from_mapping(tables)
-
-    def to_flower(self) -> dict[str, Scalar]:
-        return {
-            f"{section}.{key}": ",".join(value) if isinstance(value, list) else value
-            for section, table in self.to_mapping().items()
-            for key, value in table.items()
-        }
-
-    def digest(self) -> str:
-        """SHA-256 of what decides the result: not where it goes, how, and how long anyone waits."""
-        tables = self.to_mapping()
-        for section, key in _NO_PART_OF_THE_RESULT:
-            del tables[section][key]
-        canonical = json.dumps(tables, sort_keys=True, default=str)
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def with_overrides(self, *overrides: str) -> Self:
-        return type(self).from_mapping(self.to_mapping(), overrides)
-
-
-_NO_PART_OF_THE_RESULT = (
-    ("run", "out"),
-    ("run", "transport"),
-    ("run", "workers"),
-    ("federation", "minimum_clients"),
-    ("federation", "join_deadline"),
-    ("federation", "round_deadline"),
-    ("federation", "rejoin_deadline"),
-)
-
-SECTIONS: dict[str, type[Section]] = {
-    spec.name: typing.cast(type[Section], spec.default_factory) for spec in dataclasses.fields(RunConfig)
-}
-
-
-def parse_override(override: str) -> tuple[str, str, Any]:
-    """Section, key and value of "section.key=value", as given with --set.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    path, equals, text = override.partition("=")
-    section, dot, key = path.strip().partition(".")
-    if not (equals and dot and key):
-        raise ConfigError(f"override {override!r} is not section.key=value; write for example privacy.epsilon=3")
-    require_known(section, SECTIONS, "section", f"[{section}]")
-    try:
-        return section, key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return section, key, text.strip()  # bare words are text, as everyone types them in a shell
-
-
-def _check_relations(config: RunConfig) -> None:
-    _check_selection(config)
-    if config.federation.minimum_clients > (asked := config.federation.cohort_size):
-        raise ConfigError(
-            f"federation.minimum_clients = {config.federation.minimum_clients}, but a round asks {asked} of "
-            f"{config.federation.clients} clients; lower it, or raise federation.participation"
-        )
-    if config.data.task == "stsb" and config.model.head == "prototype":
-        raise ConfigError(
-            "model.head = prototype needs classes, but data.task = stsb is a regression; "
-            "set model.head=trained or model.head=frozen"
-        )
-    if config.data.task == "stsb" and config.data.partition in ("dirichlet", "label_skew"):
-        raise ConfigError(
-            f"data.partition = {config.data.partition} divides by class, but data.task = stsb has none; "
-            "set data.partition=iid"
-        )
-    if config.data.task == "stsb" and config.federation.private_evaluation:
-        raise ConfigError(
-            "federation.private_evaluation counts classes, but data.task = stsb has none; leave it off for this task"
-        )
-    if config.data.partition == "column" and not config.data.partition_column:
-        raise ConfigError("data.partition = column needs data.partition_column; name the column that holds the client")
-
-
-_LEAST_WARMUP = {
-    "alignment": (1, "scores the directions that warm-up rounds have released"),
-    "warmup": (2, "compares the updates of different rounds"),
-    "bilevel": (1, "learns nothing at B = 0, where the gradient of every gate is exactly zero"),
-}
-
-
-def _check_selection(config: RunConfig) -> None:
-    adapter, rounds = config.adapter, config.federation.rounds
-    least, why = _LEAST_WARMUP.get(adapter.select, (0, ""))
-    if adapter.warmup_rounds < least:
-        raise ConfigError(
-            f"adapter.select = {adapter.select} {why}, but adapter.warmup_rounds = {adapter.warmup_rounds}; "
-            f"set it to at least {least}"
-        )
-    searched = config.warmup_rounds + config.search_rounds
-    if searched >= rounds:
-        raise ConfigError(
-            f"the search takes {searched} of federation.rounds = {rounds}, which leaves none for fine-tuning; "
-            f"set federation.rounds above {searched}, or lower adapter.warmup_rounds"
-        )
-    if adapter.discretise == "cost_aware" and adapter.select != "none":
-        if adapter.select not in ("alignment", "warmup"):
-            raise ConfigError(
-                f"adapter.discretise = cost_aware weighs signal against noise, which adapter.select = {adapter.select} "
-                "does not measure; use select = alignment or warmup, or discretise = global_topk"
-            )
-        if adapter.warmup_rounds < 2:
-            raise ConfigError(
-                "adapter.discretise = cost_aware compares the updates of different rounds, but adapter.warmup_rounds = "
-                f"{adapter.warmup_rounds}; set it to at least 2"
-            )
-    if config.training.keep_state and (adapter.select == "warmup" or (least and adapter.discretise == "cost_aware")):
-        raise ConfigError(
-            "training.keep_state = true carries the noise of one round's updates into the next, but adapter.select = "
-            f"{adapter.select} with adapter.discretise = {adapter.discretise} compares updates whose noise is "
-            "independent; set training.keep_state=false, or choose in another way"
-        )
-    if (adapter.select == "mask") != bool(adapter.mask):
-        raise ConfigError(
-            f"adapter.select = {adapter.select} with adapter.mask = {shown(adapter.mask)}: a given choice needs both "
-            "select = mask and the file; set both or neither"
-        )
-    if adapter.probe_texts and adapter.select != "probe":
-        raise ConfigError(
-            f"adapter.probe_texts is given, but adapter.select = {adapter.select} does not read it; leave it out"
-        )
