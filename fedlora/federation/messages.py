@@ -36,6 +36,9 @@ class RoundInstruction:
     """Weight [C, h] and bias [C] of a prototype head, once there is one."""
     mask: tuple[bool, ...] | None = None
     """Which candidates were chosen, once they are, where adapter.select chooses: one per candidate in model order."""
+    folded: Tensor | None = None
+    """[F] float32, where adapter.method folds products into the base: what the server has added to the adapted weights
+    so far, one after another."""
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +57,8 @@ class RoundInstruction:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.theta, *(self.head or ()))
+        """No two choices of parts make as many, so that `digest` can tell them apart by their shapes alone."""
+        return (self.theta, *(self.head or ()), *(() if self.folded is None else (self.folded,)))
 
 
 @dataclass(frozen=True, kw_only=True)

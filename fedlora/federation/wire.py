@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any, NoReturn
 
 import torch
@@ -27,25 +28,29 @@ MAX_HEADER_BYTES = 64 * 1024
 # Beside the facts of `privacy.egress`; of a tensor, the number of dimensions.
 _TEXT, _NUMBER = Fact(str, "names the round"), Fact(int, "names the round")
 _ENVELOPE = {"run_id": _TEXT, "round_index": _NUMBER, "phase": _TEXT, "layout_digest": _TEXT}
-_HEAD, _MASK = {"weight": 2, "bias": 1}, {"mask": 1}
-_VECTORS = {
-    "instruction": {"theta": 1},
-    "instruction+head": {"theta": 1, **_HEAD},
-    "instruction+mask": {"theta": 1, **_MASK},
-    "instruction+head+mask": {"theta": 1, **_HEAD, **_MASK},
-    "update": {"vector": 1},
+_PARTS = {"head": {"weight": 2, "bias": 1}, "mask": {"mask": 1}, "folded": {"folded": 1}}
+"""What an instruction may hold beside theta; its kind names them in this order."""
+_CHOICES = [names for count in range(len(_PARTS) + 1) for names in combinations(_PARTS, count)]
+_INSTRUCTIONS = {
+    "+".join(("instruction", *names)): {"theta": 1} | {key: _PARTS[name][key] for name in names for key in _PARTS[name]}
+    for names in _CHOICES
 }
-_INSTRUCTIONS = tuple(kind for kind in _VECTORS if kind != "update")
+_VECTORS = {**_INSTRUCTIONS, "update": {"vector": 1}}
 
 
 def encode_instruction(instruction: RoundInstruction) -> bytes:
     fields = {key: getattr(instruction, key) for key in _ENVELOPE}
-    kind, tensors = "instruction", {"theta": instruction.theta}
+    parts: dict[str, tuple[Tensor, ...]] = {}
     if instruction.head is not None:
-        kind, tensors = f"{kind}+head", tensors | dict(zip(_HEAD, instruction.head, strict=True))
+        parts["head"] = instruction.head
     if instruction.mask is not None:
-        kind, tensors = f"{kind}+mask", tensors | {"mask": torch.tensor(instruction.mask, dtype=torch.float32)}
-    return _encode(kind, tensors, fields)
+        parts["mask"] = (torch.tensor(instruction.mask, dtype=torch.float32),)
+    if instruction.folded is not None:
+        parts["folded"] = (instruction.folded,)
+    tensors = {"theta": instruction.theta}
+    for name, part in parts.items():
+        tensors |= dict(zip(_PARTS[name], part, strict=True))
+    return _encode("+".join(("instruction", *parts)), tensors, fields)
 
 
 def decode_instruction(data: bytes) -> RoundInstruction:
@@ -54,7 +59,7 @@ def decode_instruction(data: bytes) -> RoundInstruction:
     Raises:
         ProtocolError: `data` is anything else.
     """
-    _, tensors, fields = _decode(data, _INSTRUCTIONS)
+    _, tensors, fields = _decode(data, tuple(_INSTRUCTIONS))
     check_fields(fields, _ENVELOPE)
     head = mask = None
     if "weight" in tensors:
@@ -66,7 +71,7 @@ def decode_instruction(data: bytes) -> RoundInstruction:
         if not set(bits) <= {0.0, 1.0}:
             _refuse("a mask of other numbers than 0 and 1")
         mask = tuple(bit == 1.0 for bit in bits)
-    return RoundInstruction(theta=tensors["theta"], head=head, mask=mask, **fields)
+    return RoundInstruction(theta=tensors["theta"], head=head, mask=mask, folded=tensors.get("folded"), **fields)
 
 
 def encode_update(update: ClientUpdate) -> bytes:

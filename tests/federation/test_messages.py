@@ -112,6 +112,21 @@ def test_bytes_count_every_tensor() -> None:
     assert INSTRUCTION.num_bytes == 32
     head = (torch.zeros(2, 6), torch.zeros(2))
     assert dataclasses.replace(INSTRUCTION, head=head).num_bytes == 32 + 48 + 8
+    assert dataclasses.replace(INSTRUCTION, head=head, folded=torch.zeros(5)).num_bytes == 32 + 48 + 8 + 20
+
+
+def test_whatever_an_instruction_says_is_in_its_digest() -> None:
+    said = [
+        INSTRUCTION,
+        dataclasses.replace(INSTRUCTION, theta=torch.ones(8)),
+        dataclasses.replace(INSTRUCTION, head=(torch.zeros(2, 6), torch.zeros(2))),
+        dataclasses.replace(INSTRUCTION, mask=(True,)),
+        dataclasses.replace(INSTRUCTION, folded=torch.zeros(5)),
+        dataclasses.replace(INSTRUCTION, folded=torch.tensor([0.0, 0, 0, 0, 1])),
+        dataclasses.replace(INSTRUCTION, head=(torch.zeros(2, 6), torch.zeros(2)), folded=torch.zeros(5)),
+    ]
+    assert len({instruction.digest for instruction in said}) == len(said)
+    assert dataclasses.replace(said[4], folded=torch.zeros(5)).digest == said[4].digest
 
 
 def test_messages_are_immutable() -> None:

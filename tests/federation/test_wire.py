@@ -178,6 +178,42 @@ def test_a_choice_of_modules_arrives_as_it_was(head: Any, mask: tuple[bool, ...]
     assert wire.decode_instruction(wire.encode_instruction(INSTRUCTION)).mask is None
 
 
+FOLDED = torch.tensor([0.5, -1e-30, 0.0, 3.0])
+
+
+@pytest.mark.parametrize("head", [None, HEAD])
+@pytest.mark.parametrize("mask", [None, (True, False)])
+def test_what_was_folded_into_the_base_arrives_as_it_was(head: Any, mask: tuple[bool, ...] | None) -> None:
+    got = wire.decode_instruction(wire.encode_instruction(replace(INSTRUCTION, head=head, mask=mask, folded=FOLDED)))
+    assert got.folded is not None
+    assert torch.equal(got.folded, FOLDED)
+    assert got.mask == mask
+    assert (got.head is None) == (head is None)
+    assert wire.decode_instruction(wire.encode_instruction(replace(INSTRUCTION, head=head, mask=mask))).folded is None
+
+
+@pytest.mark.parametrize(
+    "folded",
+    [
+        torch.zeros(2, 2),
+        torch.zeros(0),
+        torch.tensor(1.0),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.bfloat16),
+        torch.tensor([1.0, math.nan]),
+        torch.tensor([-math.inf, 1.0]),
+    ],
+)
+def test_what_cannot_have_been_folded_into_the_base_is_refused_at_both_ends(folded: torch.Tensor) -> None:
+    with pytest.raises(ProtocolError, match="folded"):
+        wire.encode_instruction(replace(INSTRUCTION, folded=folded))
+    fields = {"run_id": "run", "round_index": 3, "phase": "finetune", "layout_digest": "a" * 64}
+    metadata = {"format": wire.FORMAT, "kind": "instruction+folded", "fields": json.dumps(fields)}
+    forged = save({"theta": torch.ones(2), "folded": folded}, metadata=metadata)
+    with pytest.raises(ProtocolError, match="folded"):
+        wire.decode_instruction(forged)
+
+
 def with_mask(mask: torch.Tensor, kind: str = "instruction+mask", **more: torch.Tensor) -> bytes:
     """An instruction as someone may write it who does not use our encoder."""
     fields = {"run_id": "run", "round_index": 3, "phase": "finetune", "layout_digest": "a" * 64}
