@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.errors import ProtocolError
+from fedlora.federation.quantisation import Coded, WireDtype, decode, encode
 from fedlora.privacy.egress import check_facts, check_vector
 
 Facts = dict[str, Any]
@@ -71,7 +73,15 @@ class ClientUpdate:
     client: int
     layout_digest: str
     vector: Tensor
+    """[P] float32. Of a coded update that came over a wire: nothing, until `opened_update` knows what it moved from."""
     facts: Facts
+    coded: Coded | None = None
+    """Its move, where that travels in place of the vector."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers, as they travel."""
+        return int(self.vector.nbytes) if self.coded is None else self.coded.num_bytes
 
 
 @dataclass(frozen=True)
@@ -100,3 +110,38 @@ def check_update(update: ClientUpdate, instruction: RoundInstruction, layout: Ad
             raise ProtocolError(f"update of client {update.client} has {what} {got}, wanted {wanted}; it is not used")
     check_vector(update.vector, layout.size, f"client {update.client}")
     check_facts(update.facts)
+
+
+def coded_update(
+    update: ClientUpdate, start: Tensor, layout: AdapterLayout, dtype: WireDtype, generator: np.random.Generator
+) -> ClientUpdate:
+    """`update` as it leaves its site: with its move coded, and the vector that the server will find in that.
+
+    Args:
+        update: noised already.
+        start: [P], what it moved from: the instruction's theta, as far as it is sent back.
+        layout: of what is sent.
+        dtype: bfloat16 or int8.
+        generator: a secret stream of this client and round, used for nothing else.
+    """
+    coded = encode(update.vector.double() - start.double(), layout, dtype, generator)
+    return opened_update(replace(update, coded=coded), start, layout, dtype)
+
+
+def opened_update(update: ClientUpdate, start: Tensor, layout: AdapterLayout, dtype: WireDtype) -> ClientUpdate:
+    """`update` with the vector that its codes stand for: the same bits whatever carried it. float32 is left alone.
+
+    Args:
+        update: as it left a site, or as it arrived.
+        start: as in `coded_update`.
+        layout: of what was to be sent.
+        dtype: in which.
+
+    Raises:
+        ProtocolError: it is coded otherwise.
+    """
+    if update.coded is None and dtype == "float32":
+        return update
+    if update.coded is None or dtype == "float32":
+        raise ProtocolError(f"update of client {update.client} is not in {dtype}, as wanted; it is not used")
+    return replace(update, vector=(start.double() + decode(update.coded, layout, dtype)).float())

@@ -1,8 +1,8 @@
 """Instructions and updates as bytes, for every transport that crosses a process border.
 
-A message is one safetensors blob: its vectors as float32 tensors, everything else as JSON in the metadata. Such a blob
-can hold no code, and what arrives is believed only after names, dtypes, shapes, sizes and facts were checked against an
-allow-list. The sender makes the same checks, so that nothing leaves a site by oversight.
+A message is one safetensors blob: its vectors as tensors, float32 but for coded moves, everything else as JSON in the
+metadata. Such a blob can hold no program, and what arrives is believed only after names, dtypes, shapes, sizes and
+facts were checked against an allow-list. The sender makes the same checks, so that nothing leaves a site by oversight.
 """
 
 from __future__ import annotations
@@ -20,22 +20,30 @@ from torch import Tensor
 
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.federation.quantisation import Coded
 from fedlora.privacy.egress import Fact, check_facts, check_fields
 
 FORMAT = "fedlora-wire-1"
 MAX_HEADER_BYTES = 64 * 1024
 
-# Beside the facts of `privacy.egress`; of a tensor, the number of dimensions.
+# Beside the facts of `privacy.egress`; of a tensor, the dtype and the number of dimensions.
 _TEXT, _NUMBER = Fact(str, "names the round"), Fact(int, "names the round")
 _ENVELOPE = {"run_id": _TEXT, "round_index": _NUMBER, "phase": _TEXT, "layout_digest": _TEXT}
-_PARTS = {"head": {"weight": 2, "bias": 1}, "mask": {"mask": 1}, "folded": {"folded": 1}}
+_ROW, _MATRIX = (torch.float32, 1), (torch.float32, 2)
+_PARTS = {"head": {"weight": _MATRIX, "bias": _ROW}, "mask": {"mask": _ROW}, "folded": {"folded": _ROW}}
 """What an instruction may hold beside theta; its kind names them in this order."""
 _CHOICES = [names for count in range(len(_PARTS) + 1) for names in combinations(_PARTS, count)]
 _INSTRUCTIONS = {
-    "+".join(("instruction", *names)): {"theta": 1} | {key: _PARTS[name][key] for name in names for key in _PARTS[name]}
+    "+".join(("instruction", *names)): {"theta": _ROW}
+    | {key: _PARTS[name][key] for name in names for key in _PARTS[name]}
     for names in _CHOICES
 }
-_VECTORS = {**_INSTRUCTIONS, "update": {"vector": 1}}
+_UPDATES = {
+    "update": {"vector": _ROW},
+    "update+bfloat16": {"codes": (torch.bfloat16, 1)},
+    "update+int8": {"codes": (torch.int8, 1), "scales": _ROW},
+}
+_VECTORS = {**_INSTRUCTIONS, **_UPDATES}
 
 
 def encode_instruction(instruction: RoundInstruction) -> bytes:
@@ -85,16 +93,21 @@ def encode_update(update: ClientUpdate) -> bytes:
     # JSON has no infinity, and ε = ∞ must not arrive as null.
     spelled = {"epsilon": "inf"} if math.isinf(update.facts["epsilon"]) else {}
     facts = {**update.facts, **spelled}
-    return _encode("update", {"vector": update.vector}, fields | {"client": update.client, "facts": facts})
+    kind, tensors = "update", {"vector": update.vector}
+    if (coded := update.coded) is not None:
+        kind, tensors = "update+bfloat16", {"codes": coded.codes}
+        if coded.scales is not None:
+            kind, tensors = "update+int8", tensors | {"scales": coded.scales}
+    return _encode(kind, tensors, fields | {"client": update.client, "facts": facts})
 
 
 def decode_update(data: bytes) -> ClientUpdate:
-    """What `encode_update` made.
+    """What `encode_update` made; of a coded one the vector is empty until `messages.opened_update` fills it in.
 
     Raises:
         ProtocolError: `data` is anything else.
     """
-    _, tensors, fields = _decode(data, ("update",))
+    _, tensors, fields = _decode(data, tuple(_UPDATES))
     facts = fields.pop("facts", None)
     if not isinstance(facts, dict):
         _refuse("an update without facts")
@@ -103,7 +116,9 @@ def decode_update(data: bytes) -> ClientUpdate:
     check_fields(fields, _ENVELOPE | {"client": _NUMBER})
     if facts["client"] != fields["client"]:
         _refuse(f"facts of client {facts['client']} in an update of client {fields['client']}")
-    return ClientUpdate(vector=tensors["vector"], facts=facts, **fields)
+    coded = Coded(tensors["codes"], tensors.get("scales")) if "codes" in tensors else None
+    vector = torch.empty(0) if coded is not None else tensors["vector"]
+    return ClientUpdate(vector=vector, coded=coded, facts=facts, **fields)
 
 
 def _encode(kind: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> bytes:
@@ -135,9 +150,11 @@ def _check_vectors(kind: str, tensors: Mapping[str, Tensor]) -> None:
     if tensors.keys() != wanted.keys():
         _refuse(f"{len(tensors)} tensors, wanted {', '.join(wanted)}")
     for name, tensor in tensors.items():
-        shaped = tensor.dtype == torch.float32 and tensor.dim() == wanted[name] and tensor.numel() > 0
+        dtype, dimensions = wanted[name]
+        shaped = tensor.dtype == dtype and tensor.dim() == dimensions and tensor.numel() > 0
         if not shaped or not torch.isfinite(tensor).all():
-            _refuse(f"a {name} that is not {wanted[name]}-dimensional, float32, finite and of at least one number")
+            spelled = str(dtype).removeprefix("torch.")
+            _refuse(f"a {name} that is not {dimensions}-dimensional, {spelled}, finite and of at least one number")
 
 
 def _refuse(what: str) -> NoReturn:

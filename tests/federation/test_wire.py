@@ -20,6 +20,7 @@ from fedlora.errors import ProtocolError
 from fedlora.federation import wire
 from fedlora.federation.memory import recall, remember
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.federation.quantisation import Coded
 from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.site import Site
 from fedlora.privacy.ledger import DataSet
@@ -246,6 +247,61 @@ def test_a_choice_of_anything_but_modules_is_a_breach_of_protocol(name: str) -> 
     assert wire.decode_instruction(with_mask(torch.tensor([1.0, 0.0]))).mask == (True, False), "the forger can forge"
     with pytest.raises(ProtocolError):
         wire.decode_instruction(FORGED_MASKS[name])
+
+
+CODES, HALVES = torch.tensor([127, -127, 0], dtype=torch.int8), torch.tensor([0.5, -3.0, 0.0], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("coded", [Coded(CODES, torch.tensor([0.25])), Coded(HALVES)], ids=["int8", "bfloat16"])
+def test_a_coded_move_arrives_as_it_was_and_in_place_of_the_vector(coded: Coded) -> None:
+    sent = replace(make_update(), coded=coded)
+    got = wire.decode_update(wire.encode_update(sent))
+    assert got.coded is not None
+    assert got.coded.codes.dtype == coded.codes.dtype
+    assert torch.equal(got.coded.codes, coded.codes)
+    assert (got.coded.scales is None) == (coded.scales is None)
+    if got.coded.scales is not None and coded.scales is not None:
+        assert torch.equal(got.coded.scales, coded.scales)
+    assert got.vector.shape == (0,)
+    assert replace(got, vector=sent.vector, coded=coded) == sent
+
+
+def coded_blob(kind: str, **tensors: torch.Tensor) -> bytes:
+    """An update as someone may write it who does not use our encoder."""
+    blob = wire.encode_update(make_update())
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    return save(tensors, metadata=header["__metadata__"] | {"kind": kind})
+
+
+ONE = torch.ones(1)
+FORGED_CODES = {
+    "no scales": coded_blob("update+int8", codes=CODES),
+    "no codes": coded_blob("update+int8", scales=ONE),
+    "scales for halves": coded_blob("update+bfloat16", codes=HALVES, scales=ONE),
+    "a vector beside": coded_blob("update+int8", codes=CODES, scales=ONE, vector=torch.ones(3)),
+    "not announced": coded_blob("update", codes=CODES, scales=ONE),
+    "wide codes": coded_blob("update+int8", codes=CODES.to(torch.int32), scales=ONE),
+    "halves as bytes": coded_blob("update+int8", codes=HALVES, scales=ONE),
+    "bytes as halves": coded_blob("update+bfloat16", codes=CODES),
+    "a matrix of codes": coded_blob("update+int8", codes=CODES[None], scales=ONE),
+    "codes of nothing": coded_blob("update+int8", codes=CODES[:0], scales=ONE),
+    "scales of nothing": coded_blob("update+int8", codes=CODES, scales=ONE[:0]),
+    "a matrix of scales": coded_blob("update+int8", codes=CODES, scales=ONE[None]),
+    "double scales": coded_blob("update+int8", codes=CODES, scales=ONE.double()),
+    "a scale that is no number": coded_blob("update+int8", codes=CODES, scales=ONE * math.nan),
+    "an infinite scale": coded_blob("update+int8", codes=CODES, scales=ONE * math.inf),
+    "an infinite half": coded_blob("update+bfloat16", codes=HALVES * math.inf),
+    "for a head": coded_blob("update+int8+head", codes=CODES, scales=ONE),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_CODES)
+def test_codes_that_do_not_fit_their_kind_are_a_breach_of_protocol(name: str) -> None:
+    assert wire.decode_update(coded_blob("update+int8", codes=CODES, scales=ONE)).coded is not None, "it can forge"
+    with pytest.raises(ProtocolError):
+        wire.decode_update(FORGED_CODES[name])
+    with pytest.raises(ProtocolError):
+        wire.decode_instruction(FORGED_CODES[name])
 
 
 def test_a_head_that_does_not_fit_is_refused() -> None:
