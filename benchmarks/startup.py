@@ -199,8 +199,8 @@ def _markdown(facts: dict[str, Any]) -> str:
             "# Start-up",
             conditions(facts["machine"]),
             "Seconds from the start of the process, smallest / **median** / largest. *first*: with none of what "
-            "fedlora remembers on disk; the files themselves may be in the system's cache. `budget` reads a ledger of "
-            "eleven rounds and prices it anew each time; `calibrate` and the plans of a run find their noise "
+            "fedlora remembers on disk; the files themselves may be in the system's cache. `budget` reads and "
+            "verifies a ledger of eleven rounds and finds its prices, `calibrate` and the plans of a run their noise "
             "multiplier, and a run the fastest execution, among what is remembered.",
             table(["", "seconds", "first", "aim"], rows),
             "On the way to the first step. *rest*: encoding, the first round's price and charge, evaluation after it, "

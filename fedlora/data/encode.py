@@ -85,8 +85,17 @@ class EncodedDataset:
         inputs["attention_mask"][len(indices) :, :1] = 1  # a row that attends to nothing would be no number
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = _gather(self.token_type_ids, positions, real, self.pad_token_type_id)
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        return tensors, torch.from_numpy(np.pad(self.labels[indices], (0, dummies))).to(device)
+        tensors = {name: _put(array, device) for name, array in inputs.items()}
+        return tensors, _put(np.pad(self.labels[indices], (0, dummies)), device)
+
+
+def _put(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    # From pageable memory a copy waits for all that the device has still to do. torch keeps a pinned block until it is
+    # copied, so that the tensor may be dropped at once.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _gather(flat: np.ndarray, positions: np.ndarray, real: np.ndarray, padding: int) -> np.ndarray:

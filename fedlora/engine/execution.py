@@ -151,10 +151,11 @@ def _measured(
     config: RunConfig, device: torch.device, candidates: Sequence[_Kernels], budgets: Sequence[int]
 ) -> dict[str, Any]:
     middle = budgets[len(budgets) // 2]
-    speeds = [_Probe(config, device, kernels).tokens_per_second(middle) for kernels in candidates]
-    kernels = candidates[speeds.index(max(speeds))]
-    probe = _Probe(config, device, kernels)
-    by_budget = [probe.tokens_per_second(budget) for budget in budgets] if len(budgets) > 1 else [1.0]
+    probe = _Probe(config, device)
+    speeds = [probe.tokens_per_second(kernels, middle) for kernels in candidates]
+    best = max(speeds)
+    kernels = candidates[speeds.index(best)]
+    by_budget = [best if budget == middle else probe.tokens_per_second(kernels, budget) for budget in budgets]
     enough = (
         budget for budget, speed in zip(budgets, by_budget, strict=True) if speed >= _NEARLY_BEST * max(by_budget)
     )
@@ -162,29 +163,17 @@ def _measured(
 
 
 class _Probe:
-    """A base model under certain kernels, that takes forwards and backwards over public tokens."""
+    """Base models, one at a time, that take forwards and backwards over public tokens."""
 
-    def __init__(self, config: RunConfig, device: torch.device, kernels: _Kernels) -> None:
-        self._kernels, self._device = kernels, device
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._loaded: tuple[str, Attention] | None = None
         self._classifier: Classifier | None = None
-        try:
-            self._classifier = load_classifier(
-                config.model,
-                num_labels=2,
-                seed=PublicSeed.from_int(0),
-                device=device,
-                dtype=DTYPES[kernels.dtype],
-                attention=kernels.attention,
-            )
-        except ModelError:
-            if kernels.attention != "sdpa":  # some families have no such kernel
-                raise
-            return
-        lowest = next(iter(self._classifier.target_modules(config.adapter.targets).values()))
-        self._leaf: Tensor = lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
 
-    def tokens_per_second(self, budget: int) -> float:
+    def tokens_per_second(self, kernels: _Kernels, budget: int) -> float:
         """Best of three; 0 where the model lacks the kernel or the device the memory."""
+        if self._loaded != (kernels.dtype, kernels.attention):
+            self._load(kernels)
         classifier = self._classifier
         if classifier is None:
             return 0.0
@@ -193,7 +182,7 @@ class _Probe:
         ids = torch.randint(words, (max(1, budget // _WIDTH), _WIDTH), device=self._device, generator=draw)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self._kernels.matmul_precision)
+        torch.set_float32_matmul_precision(kernels.matmul_precision)
         try:
             seconds = min([self._seconds(classifier, batch) for _ in range(4)][1:])
         except torch.OutOfMemoryError:
@@ -201,6 +190,25 @@ class _Probe:
         finally:
             torch.set_float32_matmul_precision(before)
         return ids.numel() / seconds
+
+    def _load(self, kernels: _Kernels) -> None:
+        self._loaded, self._classifier = (kernels.dtype, kernels.attention), None  # never two models in memory
+        try:
+            classifier = load_classifier(
+                self._config.model,
+                num_labels=2,
+                seed=PublicSeed.from_int(0),
+                device=self._device,
+                dtype=DTYPES[kernels.dtype],
+                attention=kernels.attention,
+            )
+        except ModelError:
+            if kernels.attention != "sdpa":  # some families have no such kernel
+                raise
+            return
+        lowest = next(iter(classifier.target_modules(self._config.adapter.targets).values()))
+        self._leaf: Tensor = lowest.weight.requires_grad_()  # makes the backward run down to the lowest adapted layer
+        self._classifier = classifier
 
     def _seconds(self, classifier: Classifier, batch: dict[str, Tensor]) -> float:
         start = time.perf_counter()

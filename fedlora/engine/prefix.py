@@ -235,6 +235,11 @@ class PrefixCache:
             self._changes_nothing[prefix] = prefix.changes_nothing(backend, self._plain.longest, made_by)
         return kept if self._changes_nothing.get(prefix, False) else self._plain
 
+    def without_states(self) -> EncodedDataset:
+        """The data set as it is, for adapters that leave no block below them; room that was taken is given back."""
+        self.close()
+        return self._plain
+
     def close(self) -> None:
         """Give the room back; what was handed out keeps its own."""
         self._kept = None

@@ -1,18 +1,29 @@
 """What a ledger says to the one who answers for it: per data set what is spent, counted and left, and by which runs.
 
 No torch: a privacy officer reads a ledger anywhere. Every ε here is an upper bound.
+
+An ε once shown is remembered on disk (`fedlora.cache`), so that what has not changed is shown without loading an
+accountant: it follows from the releases, δ, accountant and its version, and the text of `privacy.accounting`, all of
+which are in the question. It is for reading and grants nothing: a ledger prices what it is asked for anew, and so does
+a plan. The ledger itself is read and verified whole each time.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from importlib import metadata
 from pathlib import Path
 
+from fedlora.cache import remembered
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Charge, epsilon, merged
 from fedlora.privacy.ledger import Cap, Ledger
 from fedlora.privacy.ledger_file import ABANDONED, RESERVED, SPENT, Entry
 from fedlora.privacy.policy import SitePolicy
@@ -209,7 +220,22 @@ def _accountant(rounds: Iterable[Entry]) -> str:
 
 
 def _epsilon(rounds: Iterable[Entry], delta: float, accountant: str) -> float:
-    return epsilon([_charge(entry) for entry in rounds], delta, accountant)
+    charges = merged(_charge(entry) for entry in rounds)
+    question = {
+        "charges": [astuple(charge) for charge in charges],
+        "delta": delta,
+        "accountant": accountant,
+        "dp_accounting": metadata.version("dp-accounting"),
+        "pricing": _pricing(),
+    }
+    found = remembered("epsilon", question, lambda: epsilon(charges, delta, accountant))
+    return found if isinstance(found, float) and found >= 0 else epsilon(charges, delta, accountant)
+
+
+@functools.cache
+def _pricing() -> str:
+    """SHA-256 of the text that prices: who changes it need not remember that answers are kept."""
+    return hashlib.sha256(inspect.getsource(accounting).encode()).hexdigest()
 
 
 def _charge(entry: Entry) -> Charge:

@@ -34,10 +34,13 @@ def with_prefix(
         sites: the round's whole cohort.
     """
     modules = [path for paths in bench.places.values() for path in paths]
+    blocks = blocks_below(modules, bench.classifier.family)
+    if not blocks:
+        return prefixes.without_states()
     batch_size, clients = bench.config.training.expected_batch_size, len(sites)
     prefix = Prefix(
         classifier=bench.classifier,
-        blocks=blocks_below(modules, bench.classifier.family),
+        blocks=blocks,
         shapes=bench.shapes,
         clients=clients,
         expected=batch_size * (clients if bench.backend.fuses_clients else 1),

@@ -83,3 +83,30 @@ def test_scores_stay_float32(tokenizer: Any) -> None:
 def test_nothing_of_the_text_is_in_a_repr(tokenizer: Any) -> None:
     assert "film" not in repr(as_records(SINGLE))
     assert repr(encode(as_records(SINGLE), tokenizer, 64)) == "EncodedDataset(4 records)"
+
+
+def test_what_goes_to_an_accelerator_is_pinned_and_not_waited_for(
+    random_records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No device here, so what is asked of torch is seen; the tensors stay where they are."""
+    pinned: list[torch.Tensor] = []
+    moved: list[tuple[bool, str, bool]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def move(tensor: torch.Tensor, device: Any, *, non_blocking: bool = False) -> torch.Tensor:
+        moved.append((any(tensor is one for one in pinned), str(device), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", move)
+    dataset, both = random_records([3, 5]), np.arange(2)
+    batch, labels = dataset.batch(both, "cpu", shape=(4, 8))
+    assert (pinned, moved) == ([], [(False, "cpu", False)] * (len(batch) + 1))
+    moved.clear()
+    there, labels_there = dataset.batch(both, torch.device("cuda", 1), shape=(4, 8))
+    assert moved == [(True, "cuda:1", True)] * (len(batch) + 1)
+    assert all(torch.equal(batch[name], there[name]) for name in batch)
+    assert torch.equal(labels, labels_there)

@@ -13,6 +13,7 @@ from fedlora.config import RunConfig
 from fedlora.engine import execution
 from fedlora.engine.execution import choose_execution
 from fedlora.errors import ConfigError
+from fedlora.models import load_classifier
 
 AUTO = ("model.dtype=auto", "model.attention=auto")
 MakeConfig = Callable[..., RunConfig]
@@ -25,11 +26,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[tuple[Any,
     speeds: dict[tuple[Any, ...], float] = {}
 
     class Probe:
-        def __init__(self, _config: RunConfig, _device: torch.device, kernels: Any) -> None:
-            self.kernels = (kernels.dtype, kernels.attention, kernels.matmul_precision)
+        def __init__(self, _config: RunConfig, _device: torch.device) -> None:
+            pass
 
-        def tokens_per_second(self, budget: int) -> float:
-            return speeds.setdefault((*self.kernels, budget), 1.0)
+        def tokens_per_second(self, kernels: Any, budget: int) -> float:
+            return speeds.setdefault((kernels.dtype, kernels.attention, kernels.matmul_precision, budget), 1.0)
 
     monkeypatch.setattr(execution, "_Probe", Probe)
     return speeds
@@ -83,3 +84,26 @@ def test_a_real_measurement_leaves_nothing_behind(tiny_config: MakeConfig) -> No
     found = choose_execution(tiny_config("model.dtype=auto", "model.attention=auto", family="bert"))
     assert found.token_budget in (512, 1024, 2048)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_model_is_loaded_once_for_kernels_that_run_the_same_one(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    loaded: list[torch.dtype] = []
+    genuine = load_classifier
+
+    def load(*arguments: Any, **how: Any) -> Any:
+        loaded.append(how["dtype"])
+        return genuine(*arguments, **how)
+
+    class Clock(execution._Probe):
+        def _seconds(self, classifier: Any, batch: Any) -> float:
+            super()._seconds(classifier, batch)
+            return 2.0 if next(classifier.parameters()).dtype == torch.float32 else 1.0
+
+    monkeypatch.setattr(execution, "load_classifier", load)
+    monkeypatch.setattr(execution, "_Probe", Clock)
+    found = choose_execution(tiny_config("model.dtype=auto", "model.attention=eager", family="bert"))
+    assert (found.dtype, found.token_budget) == (torch.bfloat16, 2048)
+    assert loaded == [torch.float32, torch.bfloat16], "neither for other products nor for the size of micro-batches"

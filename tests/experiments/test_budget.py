@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import subprocess
 import sys
@@ -110,6 +111,41 @@ def test_units_are_kept_apart(path: Path) -> None:
         ledger.reserve([Request(data_set=client, charge=CHARGE, run="r", round_index=0, purpose="finetune")])
     found = read_budget(path, delta=1e-5).data_sets
     assert [(one.unit, one.num_rounds) for one in found] == [("record", 4), ("record", 1), ("client", 1)]
+
+
+def test_an_epsilon_that_was_shown_is_shown_again_without_pricing_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    before = read_budget(path, delta=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "epsilon", lambda *_: pytest.fail("priced"))
+        assert read_budget(path, delta=1e-5) == before
+    with closing(Ledger.open(path)) as ledger:
+        ledger.settle(
+            ledger.reserve([Request(data_set=WARD, charge=CHARGE, run="r", round_index=4, purpose="finetune", cap=CAP)])
+        )
+    ward = read_budget(path, delta=1e-5).data_sets[0]
+    prototype, finetune = Charge(1.0, 20.0, 1), Charge(0.05, 1.5, 40)
+    assert ward.epsilon_counted == epsilon([prototype, finetune], 1e-6), "one round more is another question"
+
+
+@pytest.mark.parametrize("kept", ['"answer": -1.0', '"answer": "0"', '"answer": 0.01'])
+def test_a_remembered_epsilon_that_was_edited_is_not_shown(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    before = read_budget(path, delta=1e-5)
+    for entry in (tmp_path / "cache" / "epsilon").iterdir():
+        entry.write_text(re.sub(r'"answer": [^,\n]+', kept, entry.read_text()))
+    assert read_budget(path, delta=1e-5) == before
+
+
+def test_other_text_of_the_pricing_is_another_question(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_budget(path, delta=1e-5)
+    monkeypatch.setattr(module, "_pricing", lambda: "edited")
+    monkeypatch.setattr(module, "epsilon", lambda *_: 77.0)
+    assert read_budget(path, delta=1e-5).data_sets[0].epsilon_counted == 77.0
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -242,8 +278,14 @@ def test_an_empty_ledger_says_so(say: Say, tmp_path: Path) -> None:
     assert "nothing has been charged" in say(tmp_path / "empty")[1]
 
 
-def test_no_torch_is_loaded(path: Path) -> None:
+def test_no_torch_is_loaded_and_no_accountant_for_what_was_shown_before(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     code = f"import sys; sys.argv = ['fedlora', 'budget', {str(path)!r}]\nfrom fedlora.cli import main\n"
-    code += "try: main()\nfinally: print('loaded:', 'torch' in sys.modules, file=sys.stderr)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ended.stderr.splitlines()[-1] == "loaded: False", ended.stderr
+    code += (
+        "try: main()\nfinally: print('loaded:', *{'torch', 'dp_accounting', 'numpy'} & {*sys.modules}, file=sys.stderr)"
+    )
+    for loaded in ({"dp_accounting", "numpy"}, set()):
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert set(ended.stderr.splitlines()[-1].split()) == {"loaded:", *loaded}, ended.stderr

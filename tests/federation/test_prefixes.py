@@ -11,6 +11,7 @@ import pytest
 from fedlora.config import RunConfig
 from fedlora.engine.prefix import PrefixedDataset
 from fedlora.experiments.simulate import simulate
+from fedlora.federation import prefixes
 
 UPPER = ["encoder.layer.1.attention.self.query", "encoder.layer.1.attention.self.value"]
 
@@ -71,3 +72,16 @@ def test_nothing_is_kept_for_a_few_visits_or_where_the_lowest_block_is_adapted(
     assert run("short", "privacy.accountant=rdp", "federation.local_steps=1")[1] == 0
     simulate(tiny_config(*LONG, f"run.out='{tmp_path / 'all'}'"), Silent())
     assert served == []
+
+
+def test_where_no_block_can_be_left_out_no_round_looks_for_what_would_pay(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation(*LONG)
+    bench, cache = (
+        federation.workbench,
+        prefixes.prefix_cache(federation.workbench, federation.dataset, federation.sites),
+    )
+    assert cache is not None
+    monkeypatch.setattr(prefixes, "planned_steps", lambda *_: pytest.fail("counted"))
+    assert prefixes.with_prefix(cache, bench, bench.schedule[-1], federation.sites) is federation.dataset
