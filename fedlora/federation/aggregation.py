@@ -25,20 +25,24 @@ TIMES_AS_LARGE = 5.0
 how much of the mean a lie buys: 5 / (K + 4) of it among clients of one size, and no more than 5 / (5 + K // 2) ever."""
 
 
-def aggregate(updates: Sequence[ClientUpdate], start: Tensor, config: FederationConfig) -> Tensor:
+def aggregate(updates: Sequence[ClientUpdate], start: Tensor | None, config: FederationConfig) -> Tensor:
     """The clients' vectors made one, [P], as `config.aggregator` and `config.weights` say; no bit depends on arrival.
 
     Args:
         updates: of one round, each checked.
-        start: what the round started from, [P].
+        start: what the round started from, [P]. None: the vectors are sums over records, as for a prototype, in which
+            a client's size weighs already and whose length is no move's, so that `weights` and `norm_bound` do not
+            apply.
 
     Raises:
         ProtocolError: a client does not tell its size, and `config.weights` needs it.
         FedloraError: too few answered for the rule to withstand `config.attackers`.
     """
-    if config.aggregator == "mean" and config.weights == "uniform":
+    if config.aggregator == "mean" and (start is None or config.weights == "uniform"):
         return uniform_mean(updates)
     vectors = torch.stack([update.vector for update in _ordered(updates)])
+    bound = None if start is None or config.norm_bound == "auto" else config.norm_bound
+    start = torch.zeros_like(vectors[0]) if start is None else start
     match config.aggregator:
         case "mean":
             return weighted_mean(vectors, client_weights(updates, config))
@@ -49,7 +53,7 @@ def aggregate(updates: Sequence[ClientUpdate], start: Tensor, config: Federation
         case "multi_krum":
             return start + multi_krum(vectors - start, config.assumed_attackers)
         case "norm_bound":
-            return start + norm_bound(vectors - start, None if config.norm_bound == "auto" else config.norm_bound)
+            return start + norm_bound(vectors - start, bound)
 
 
 def client_weights(updates: Sequence[ClientUpdate], config: FederationConfig) -> Tensor:

@@ -106,6 +106,15 @@ def test_each_rule_is_used_on_the_moves_with_its_own_setting() -> None:
         assert torch.equal(aggregate(updates_of(vectors), start, settings), start + wanted), name
 
 
+def test_sums_over_records_are_neither_weighed_again_nor_cut_to_a_moves_length() -> None:
+    sums = 100 * random_vectors(10, 33)
+    updates = updates_of(sums)
+    assert torch.equal(aggregate(updates, None, BY_SIZE), uniform_mean(updates))
+    cut = aggregate(updates, None, config(aggregator="norm_bound", norm_bound=0.5))
+    assert torch.equal(cut, robust.norm_bound(sums, None))
+    assert torch.equal(aggregate(updates, None, config(aggregator="median")), robust.median(sums))
+
+
 @pytest.mark.parametrize("aggregator", AGGREGATORS[1:])
 @pytest.mark.parametrize("attack", ["scaled", "flipped", "random"])
 def test_one_of_ten_moves_a_robust_aggregate_less_than_it_moves_the_mean(aggregator: str, attack: str) -> None:
