@@ -20,6 +20,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 import clients.app
 import clients.simulated
+import server.transport
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, RunFolderError
 from fedlora.experiments.simulate import simulate
@@ -151,6 +152,14 @@ def test_when_all_clients_fail_so_does_the_run(config: RunConfig) -> None:
     with pytest.raises(FedloraError, match="none of 3 clients answered usably"):
         run(config.with_overrides("model.head=frozen"), grid)
     assert not (Path(config.run.out) / "record.json").exists()
+
+
+def test_an_instruction_that_no_site_takes_is_not_sent(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.transport, "LARGEST_PAYLOAD", 1000)
+    grid = LocalGrid(config)
+    with pytest.raises(FedloraError, match=r"round 0 has 0 MB and a site takes 0 at most; adapt fewer modules"):
+        run(config, grid)
+    assert not [message for message in grid.sent if message.metadata.message_type == "train"]
 
 
 class RustPanic(BaseException):
