@@ -253,6 +253,24 @@ LIES = {
         planted="2 if self.backend.fuses_clients",
         checks=(_COMPANY,),
     ),
+    "embeddings are taken in company unseen": Lie(
+        file="fedlora/engine/prototypes.py",
+        sound="for group in shapes.cut_full(",
+        planted="for group in Shapes(shapes.token_budget).cut_full(",
+        checks=("tests/engine/test_prototypes.py",),
+    ),
+    "logits are taken in company unseen": Lie(
+        file="fedlora/engine/confusion.py",
+        sound="for group in shapes.cut_full(",
+        planted="for group in Shapes(shapes.token_budget).cut_full(",
+        checks=("tests/engine/test_confusion.py",),
+    ),
+    "gradients stand for logits": Lie(
+        file="fedlora/engine/company.py",
+        sound='if quantity == "logits":',
+        planted='if quantity == "none":',
+        checks=(_COMPANY, "tests/engine/test_confusion.py"),
+    ),
     "a wave is cut as if it were the cohort": Lie(
         file="fedlora/engine/training.py",
         sound="jobs[0].phase, cohort or len(jobs)",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -76,9 +76,13 @@ def fixed_shapes(
             start += rows - 1
 
 
-AgreeingRows = Callable[[int, Sequence[int], int], Sequence[int]]
-"""From columns, numbers of rows (ascending) and clients to those numbers whose micro-batches were seen to give each
-record the bits that the largest gives; none of them where even that lets a record tell in another's gradient."""
+Quantity = Literal["gradients", "logits", "embeddings"]
+"""What is computed of each record. Each takes kernels of its own, so that each is looked at for itself."""
+
+AgreeingRows = Callable[[int, Sequence[int], int, Quantity], Sequence[int]]
+"""From columns, numbers of rows (ascending), clients and what is computed to those numbers whose micro-batches were
+seen to give each record the bits that the largest gives; none of them where even that lets a record tell in what is
+computed of another."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,33 @@ class Shapes:
             lambda columns: self.row_counts(columns, clients, expected, fewer=fewer),
         )
 
-    def row_counts(self, columns: int, clients: int, expected: float, *, fewer: bool = False) -> tuple[int, ...]:
+    def cut_full(self, lengths: np.ndarray, longest: int, quantity: Quantity) -> Iterator[FixedShape]:
+        """Full micro-batches of records that are passed over once: no step, and not worth looking at smaller ones.
+
+        Args:
+            lengths: tokens of each record, [N].
+            longest: tokens that the model can take.
+            quantity: what is computed of them.
+        """
+        yield from fixed_shapes(
+            lengths,
+            self.token_budget,
+            longest,
+            lambda columns: self.row_counts(columns, 1, math.inf, quantity=quantity),
+        )
+
+    def row_counts(
+        self, columns: int, clients: int, expected: float, *, fewer: bool = False, quantity: Quantity = "gradients"
+    ) -> tuple[int, ...]:
         """Numbers of rows that micro-batches of `columns` may have, ascending, the last one whatever `fewer` says."""
         most = min(most_rows(columns, self.token_budget), max(_FEWEST_ROWS, math.ceil(min(expected, 1e9)) + 1))
         if self.agreeing is None:
             return (most,)
         smaller = [count for count in (most // 4, most // 2) if fewer and count >= _WORTHWHILE_ROWS]
-        key = (columns, most, clients == 1, bool(smaller))
+        key = (columns, most, clients == 1, bool(smaller), quantity)
         if key not in self._known:
             # Where even full micro-batches let records influence one another, each record has one of its own.
-            self._known[key] = tuple(self.agreeing(columns, (*smaller, most), clients)) or (_FEWEST_ROWS,)
+            self._known[key] = tuple(self.agreeing(columns, (*smaller, most), clients, quantity)) or (_FEWEST_ROWS,)
         return self._known[key]
 
 

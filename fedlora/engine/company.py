@@ -1,4 +1,4 @@
-"""A check, on the machine at hand, that no record can tell in another's gradient.
+"""A check, on the machine at hand, that no record can tell in another's gradient, logits or embedding.
 
 Clipping bounds what a record adds to a sum, and not what its presence changes in the contributions of others.
 In micro-batches of fixed shape (`engine.batching`) it changes nothing if the kernels treat every row alike. They do
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from fedlora.data.encode import EncodedDataset
-from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import most_rows
+from fedlora.engine.backend import Batch, GradientBackend
+from fedlora.engine.batching import Quantity, most_rows
+from fedlora.engine.prototypes import unit_embeddings
 from fedlora.errors import PrivacyError
+from fedlora.models import Classifier
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
 
@@ -35,14 +37,15 @@ every sixth record of 8 tokens showed it."""
 
 @dataclass(frozen=True, kw_only=True)
 class Company:
-    """Looks at the gradients that a back end gives in different company.
+    """Looks at what a back end and its classifier give in different company.
 
     Attributes:
-        backend: whose gradients are to be private.
+        backend: whose gradients and logits are to be private.
         vocabulary: size of the model's vocabulary.
         num_labels: C; 1 for scores.
         device: of the back end.
         projection: of gradients before they are clipped, if there is one.
+        classifier: whose embeddings are to be private; without it, none are found to agree.
     """
 
     backend: GradientBackend
@@ -50,6 +53,7 @@ class Company:
     num_labels: int
     device: torch.device
     projection: LowPass | None = None
+    classifier: Classifier | None = None
 
     def check(self, *, token_budget: int, longest: int) -> None:
         """See that micro-batches as large as they get have no influence, at one width; `Shapes` looks at the others.
@@ -71,16 +75,21 @@ class Company:
                 "model.attention"
             )
 
-    def agreeing_rows(self, columns: int, counts: Sequence[int], clients: int) -> tuple[int, ...]:
+    def agreeing_rows(
+        self, columns: int, counts: Sequence[int], clients: int, quantity: Quantity = "gradients"
+    ) -> tuple[int, ...]:
         """Those of `counts` in which every record has the bits that it has in the largest, whoever is beside it.
 
         What is compared is each record's gradient, projected if it will be, and its product with a vector: a search
-        clips such products, whose rounding can be all that is left of them.
+        clips such products, whose rounding can be all that is left of them. Logits and embeddings are compared as
+        `engine.confusion` and `engine.prototypes` take them, which is by other kernels: of a forward without gradients,
+        and under one flat vector or without any.
 
         Args:
             columns: of the micro-batches.
             counts: numbers of rows, ascending.
             clients: one, or more: their adapters are copied for each record.
+            quantity: what is compared.
 
         Returns:
             None of them if records have influence in the largest.
@@ -88,6 +97,8 @@ class Company:
         *fewer, most = counts
         if most == 2:
             return (most,)  # a record beside a dummy is alone
+        if quantity == "embeddings" and self.classifier is None:
+            return ()
         draw = PublicSeed.from_int(0).numpy("company", columns)
         size = max(_TOKENS // columns, most - 1) if fewer else most - 1
         shape = (min(clients, 2) if self.backend.fuses_clients else 1, sum(self.backend.slot_sizes))
@@ -101,10 +112,7 @@ class Company:
                 own = present[start : start + rows - 1]
                 batch, labels = dataset.batch(own, self.device, shape=(rows, columns))
                 owner = torch.from_numpy(np.resize(own, rows) % len(theta)).to(self.device)
-                gradients = self.backend.gradients(theta, batch, labels, owner)
-                if self.projection is not None:
-                    gradients = [self.projection(part) for part in gradients]
-                values = _fingerprints(gradients)
+                values = _fingerprints(self._computed(quantity, theta, batch, labels, owner))
                 found |= zip(own.tolist(), values.tolist(), strict=False)  # without the dummies'
             return found
 
@@ -113,6 +121,17 @@ class Company:
         if not all(_agree(prints(present, most), wanted) for present in (mixed, members[-1:])):
             return ()
         return (*(rows for rows in fewer if _agree(prints(members, rows), wanted)), most)
+
+    def _computed(
+        self, quantity: Quantity, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor
+    ) -> Sequence[Tensor]:
+        """What a release makes of a micro-batch, each [N, …]."""
+        if quantity == "logits":
+            return [self.backend.logits(theta[0], batch)]
+        if quantity == "embeddings" and self.classifier is not None:
+            return [unit_embeddings(self.classifier, batch)]
+        gradients = self.backend.gradients(theta, batch, labels, owner)
+        return gradients if self.projection is None else [self.projection(part) for part in gradients]
 
 
 def _agree(found: dict[int, int], wanted: dict[int, int]) -> bool:
@@ -128,11 +147,11 @@ def _random_records(
     return EncodedDataset(ids=ids, starts=np.cumsum(lengths) - lengths, lengths=lengths, labels=labels, pad_token_id=0)
 
 
-def _fingerprints(gradients: Sequence[Tensor]) -> Tensor:
+def _fingerprints(parts: Sequence[Tensor]) -> Tensor:
     """[N] int64, of all bits of each record's row and of its product with ones: sums of integers, in whatever order."""
-    total = torch.zeros(len(gradients[0]), dtype=torch.int64, device=gradients[0].device)
+    total = torch.zeros(len(parts[0]), dtype=torch.int64, device=parts[0].device)
     draw = PublicSeed.from_int(0).numpy("fingerprint")
-    for part in gradients:
+    for part in parts:
         wide = part.double()
         product = torch.linalg.vecdot(wide, wide.new_ones(wide.shape))[:, None].contiguous()
         for bits in (part.view(torch.int32), product.view(torch.int64)):

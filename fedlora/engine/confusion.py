@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import fixed_shapes
+from fedlora.engine.batching import Shapes
 
 LEAST_SIGNAL = 5.0
 """How many standard deviations of its noise the noised number of records must reach to be divided by: noise alone does
@@ -35,16 +35,17 @@ def confusion_counts(
     records: np.ndarray,
     theta: Tensor,
     layout: AdapterLayout,
-    token_budget: int,
+    shapes: Shapes,
 ) -> Tensor:
     """Un-noised counts of `theta`'s predictions [P] on `records`, flat [C * C] float64: private until noised.
 
-    Shapes are fixed as in training: a record that changed the rounding of others' logits could move them to another
-    cell, and the sensitivity would not be 1. Whatever the logits are, not finite ones too, a record counts in one cell.
+    A record that changed the rounding of others' logits could move them to another cell, and the sensitivity would not
+    be 1: `shapes` are fixed as in training, and have seen that it changes nothing or take records one by one. Whatever
+    the logits are, not finite ones too, a record counts in one cell.
     """
     total = torch.zeros(layout.size, dtype=torch.float64, device=theta.device)
     confusion = layout.view(total, layout.slots[0])
-    for group in fixed_shapes(dataset.lengths[records], token_budget, dataset.longest):
+    for group in shapes.cut_full(dataset.lengths[records], dataset.longest, "logits"):
         own = records[group.positions]
         batch, labels = dataset.batch(own, theta.device, shape=(group.rows, group.columns))
         predicted = backend.logits(theta, batch).argmax(dim=1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
-from fedlora.engine.batching import fixed_shapes
+from fedlora.engine.backend import Batch
+from fedlora.engine.batching import Shapes
 from fedlora.models import Classifier
 
 LARGEST_LOGIT = 1000.0
@@ -26,27 +27,38 @@ def prototype_layout(num_labels: int, hidden_size: int) -> AdapterLayout:
 
 
 @torch.no_grad()
+def unit_embeddings(classifier: Classifier, batch: Batch) -> Tensor:
+    """What each record may add to its class's sum, [N, h] float64 of L2 norm at most 1, or not finite.
+
+    Of the whole micro-batch, dummies and all: a reduction too chooses its order by shape, so that the norm of a record
+    would otherwise show how many others there are.
+    """
+    embeddings = classifier.embed(dict(batch)).double()
+    embeddings /= embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)
+    # Cut towards zero to multiples of 2^-30: no record gets longer and float64 adds them without rounding.
+    return (embeddings * 2.0**30).trunc_() * 2.0**-30
+
+
+@torch.no_grad()
 def class_sums(
-    classifier: Classifier, dataset: EncodedDataset, records: np.ndarray, layout: AdapterLayout, token_budget: int
+    classifier: Classifier, dataset: EncodedDataset, records: np.ndarray, layout: AdapterLayout, shapes: Shapes
 ) -> Tensor:
     """Un-noised sums and counts over `records`, flat [C (h + 1)] float64: private until a mechanism has noised it.
 
     Each record's contribution has L2 norm at most √2; one whose embedding is not finite contributes nothing. Sums of up
-    to 2^23 records are exact, whatever their order: no rounding adds to how far one record moves them.
+    to 2^23 records are exact, whatever their order: no rounding adds to how far one record moves them. Nor does what
+    one record changes in the embeddings of others: `shapes` has seen that it changes nothing, or takes them one by one.
     """
     device = next(classifier.parameters()).device
     total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     sums, counts = (layout.view(total, slot) for slot in layout.slots)
-    for group in fixed_shapes(dataset.lengths[records], token_budget, dataset.longest):
+    for group in shapes.cut_full(dataset.lengths[records], dataset.longest, "embeddings"):
         own = records[group.positions]
         batch, labels = dataset.batch(own, device, shape=(group.rows, group.columns))
-        embeddings, labels = classifier.embed(batch)[: len(own)], labels[: len(own)]
+        embeddings, labels = unit_embeddings(classifier, batch)[: len(own)], labels[: len(own)]
         usable = torch.isfinite(embeddings).all(dim=1)
-        embeddings, labels = embeddings[usable].double(), labels[usable]
-        embeddings /= embeddings.norm(dim=1, keepdim=True).clamp(min=1.0)
-        # Cut towards zero to multiples of 2^-30: no record gets longer and float64 adds them without rounding.
-        sums.index_add_(0, labels, (embeddings * 2.0**30).trunc_() * 2.0**-30)
-        counts += torch.bincount(labels, minlength=len(counts))
+        sums.index_add_(0, labels[usable], embeddings[usable])
+        counts += torch.bincount(labels[usable], minlength=len(counts))
     return total
 
 

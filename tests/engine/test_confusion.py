@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import chi2, norm
 
+from fedlora.engine.batching import Shapes
 from fedlora.engine.confusion import confusion_counts, confusion_layout, estimate_accuracy
 
 LENGTHS = [5, 12, 3, 9, 12, 4, 7, 6]
@@ -44,7 +45,7 @@ def test_counts_are_those_of_the_models_predictions(
         bench.classifier.set_head(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
     theta = bench.initial_theta + 0.1
     layout = confusion_layout(3)
-    counts = layout.view(confusion_counts(bench.backend, dataset, EVERY, theta, layout, 512), layout.slots[0])
+    counts = layout.view(confusion_counts(bench.backend, dataset, EVERY, theta, layout, Shapes(512)), layout.slots[0])
     wanted = torch.zeros(3, 3, dtype=torch.float64)
     for record in EVERY:
         batch, (label,) = dataset.batch(np.array([record]))
@@ -57,16 +58,49 @@ def test_counts_are_those_of_the_models_predictions(
 def test_adding_or_removing_a_record_moves_one_cell_by_one(random_records: Any, backend: Any) -> None:
     """Also with a model that would predict a record otherwise in company, or whose logits are no numbers."""
     dataset, layout, theta = random_records(LENGTHS, classes=3), confusion_layout(3), torch.zeros(1)
-    whole = confusion_counts(backend, dataset, EVERY, theta, layout, 512)
+    whole = confusion_counts(backend, dataset, EVERY, theta, layout, Shapes(512))
     assert whole.sum() == len(EVERY)
     for left_out in EVERY:
-        rest = confusion_counts(backend, dataset, np.delete(EVERY, left_out), theta, layout, 512)
+        rest = confusion_counts(backend, dataset, np.delete(EVERY, left_out), theta, layout, Shapes(512))
         assert sorted((whole - rest).tolist()) == [0.0] * 8 + [1.0]
+
+
+def most_cells_moved(bench: Any, dataset: Any, shapes: Shapes) -> float:
+    """Sum of what changes in all cells when any one record is left out, at most."""
+    layout, theta = confusion_layout(3), bench.initial_theta + 0.1
+    whole = confusion_counts(bench.backend, dataset, EVERY, theta, layout, shapes)
+    rest = [confusion_counts(bench.backend, dataset, np.delete(EVERY, one), theta, layout, shapes) for one in EVERY]
+    return max((whole - part).abs().sum().item() for part in rest)
+
+
+@pytest.mark.parametrize("backend", ["expanded", "opacus"])
+@pytest.mark.parametrize("head", ["prototype", "trained"])
+def test_logits_that_show_their_company_are_taken_one_by_one(
+    make_bench: Any, random_records: Any, monkeypatch: pytest.MonkeyPatch, backend: str, head: str
+) -> None:
+    """Seen though gradients show nothing, and under a head that makes all logits zero."""
+    options = f"engine.backend={backend}", f"model.head={head}", "data.task=mnli"
+    bench, dataset = make_bench(*options), random_records([9] * 8, classes=3)
+    assert most_cells_moved(bench, dataset, bench.shapes) == 1
+    assert bench.shapes.row_counts(16, 1, math.inf, quantity="logits") > (2,), "sound ones are taken together"
+    genuine = type(bench.backend).logits
+
+    def sociable(self: Any, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        logits: torch.Tensor = genuine(self, theta, batch)
+        return logits.roll(int(batch["input_ids"].sum()), dims=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bench.backend), "logits", sociable)
+        bench = make_bench(*options)
+        if head == "prototype":
+            bench.classifier.set_head(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
+        assert most_cells_moved(bench, dataset, bench.shapes) == 1
+        assert most_cells_moved(bench, dataset, Shapes(512)) > 1, "as it would be without a look"
 
 
 def test_no_record_counts_nothing(random_records: Any) -> None:
     layout = confusion_layout(3)
-    counts = confusion_counts(Broken(), random_records(LENGTHS), EVERY[:0], torch.zeros(1), layout, 512)  # type: ignore[arg-type]
+    counts = confusion_counts(Broken(), random_records(LENGTHS), EVERY[:0], torch.zeros(1), layout, Shapes(512))  # type: ignore[arg-type]
     assert counts.tolist() == [0.0] * 9
 
 

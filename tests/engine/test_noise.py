@@ -233,7 +233,7 @@ def prototype_releases(bench: Workbench, dataset: Any, phase: PhasePlan, rounds:
     """[rounds, C (h + 1)]: what a site releases, less the exact sums."""
     layout = bench.payload_layout(PROTOTYPE)
     sizes = [slot.size for slot in layout.slots]
-    exact = class_sums(bench.classifier, dataset, np.arange(len(dataset)), layout, 1000)
+    exact = class_sums(bench.classifier, dataset, np.arange(len(dataset)), layout, Shapes(1000))
     return torch.stack(
         [
             phase.privatize(exact, noise=HostNoise(SecretRoot.seeded(1).numpy("noise", 0, index)), slot_sizes=sizes)

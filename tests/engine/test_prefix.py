@@ -197,7 +197,7 @@ def test_states_are_made_in_the_largest_shapes_alone(make_bench: Any, random_rec
     bench.classifier.backbone.encoder.layer[0].register_forward_hook(  # type: ignore[union-attr, index]
         lambda _module, _inputs, output: seen.append(tuple(output.shape[:2]))
     )
-    eager = Shapes(token_budget=64, agreeing=lambda _columns, counts, _clients: counts)
+    eager = Shapes(token_budget=64, agreeing=lambda _columns, counts, *_: counts)
     prefix_of(bench, 1, shapes=eager).keep(data, np.arange(len(data)), PLENTY)
     assert seen == [(2, 1), (4, 16), (4, 16), (8, 8), (8, 8)]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedlora.config import ModelConfig
 from fedlora.data.tasks import TASKS
+from fedlora.engine.batching import Shapes
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums, prototype_head, prototype_layout
 from fedlora.errors import ConfigError
 from fedlora.federation.workbench import Workbench
@@ -29,7 +30,7 @@ def bench(make_bench: Any) -> Workbench:
 def test_sums_and_counts_are_those_of_normalised_embeddings(bench: Workbench, random_records: Any) -> None:
     dataset, layout = random_records(LENGTHS, classes=2), prototype_layout(2, 16)
     sums, counts = (
-        layout.view(class_sums(bench.classifier, dataset, np.arange(8), layout, 20), s) for s in layout.slots
+        layout.view(class_sums(bench.classifier, dataset, np.arange(8), layout, Shapes(20)), s) for s in layout.slots
     )
     for label in (0, 1):
         own = np.flatnonzero(dataset.labels == label)
@@ -43,10 +44,10 @@ def test_adding_or_removing_a_record_moves_the_release_by_at_most_root_two(
     bench: Workbench, random_records: Any
 ) -> None:
     dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
-    whole = class_sums(bench.classifier, dataset, np.arange(8), layout, 1000).double()
+    whole = class_sums(bench.classifier, dataset, np.arange(8), layout, Shapes(1000)).double()
     for left_out in range(8):
         rest = np.delete(np.arange(8), left_out)
-        moved = (whole - class_sums(bench.classifier, dataset, rest, layout, 1000).double()).norm()
+        moved = (whole - class_sums(bench.classifier, dataset, rest, layout, Shapes(1000)).double()).norm()
         assert moved == pytest.approx(math.sqrt(2), abs=1e-6)
         assert moved <= math.sqrt(2) * (1 + 1e-12), "exact sums: nothing is lost or gained by rounding"
 
@@ -55,7 +56,7 @@ def test_a_single_record_never_weighs_more_than_root_two(bench: Workbench, rando
     layout = prototype_layout(2, 16)
     for seed in range(20):
         dataset = random_records([4 + seed % 9], seed=seed)
-        total = class_sums(bench.classifier, dataset, np.arange(1), layout, 1000).double()
+        total = class_sums(bench.classifier, dataset, np.arange(1), layout, Shapes(1000)).double()
         assert total.norm() <= math.sqrt(2) * (1 + 1e-6)
 
 
@@ -68,28 +69,76 @@ def test_an_embedding_that_is_too_long_or_no_number_is_kept_in_bounds(
     broken[1] = torch.nan
     broken[2, 3] = torch.inf
     monkeypatch.setattr(type(bench.classifier), "embed", lambda self, batch: broken)
-    total = class_sums(bench.classifier, dataset, np.arange(4), layout, 1000)
+    total = class_sums(bench.classifier, dataset, np.arange(4), layout, Shapes(1000))
     sums, counts = (layout.view(total, slot) for slot in layout.slots)
     assert torch.isfinite(total).all()
     assert counts.sum() == 2
     assert sums.sum() == pytest.approx(2.0)
 
 
+def largest_move(bench: Workbench, dataset: Any, shapes: Shapes) -> float:
+    """How far the sums go when any one of eight records is left out."""
+    every, layout = np.arange(8), prototype_layout(2, 16)
+    whole = class_sums(bench.classifier, dataset, every, layout, shapes)
+    rest = [class_sums(bench.classifier, dataset, np.delete(every, one), layout, shapes) for one in every]
+    return max(float((whole - part).norm()) for part in rest)
+
+
+def test_embeddings_that_show_their_company_are_taken_one_by_one(
+    make_bench: Any, random_records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else leaving one record out moves the embeddings of all others, and more than the noise is made for."""
+    bench, dataset = make_bench("model.head=prototype"), random_records([9] * 8)
+    genuine = type(bench.classifier).embed
+
+    def sociable(self: Any, batch: Any) -> torch.Tensor:
+        embeddings: torch.Tensor = genuine(self, batch)
+        return torch.nn.functional.normalize(embeddings + torch.randn(16, generator=of_all(batch)))
+
+    def of_all(batch: Any) -> torch.Generator:
+        return torch.Generator().manual_seed(int(batch["input_ids"].sum()))
+
+    bound = math.sqrt(2) * (1 + 1e-12)
+    assert largest_move(bench, dataset, bench.shapes) <= bound
+    assert bench.shapes.row_counts(16, 1, math.inf, quantity="embeddings") > (2,), "sound ones are taken together"
+    monkeypatch.setattr(type(bench.classifier), "embed", sociable)
+    bench = make_bench("model.head=prototype")
+    assert largest_move(bench, dataset, bench.shapes) <= bound
+    assert largest_move(bench, dataset, Shapes(bench.shapes.token_budget)) > 2 * bound, "as it would be without a look"
+
+
+def test_the_norm_of_an_embedding_is_taken_in_a_shape_that_no_record_decides(
+    bench: Workbench, random_records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reduction too may sum in another order where there are fewer rows, or where one is no number."""
+    genuine = torch.Tensor.norm
+
+    def shaped(tensor: torch.Tensor, *arguments: Any, **how: Any) -> torch.Tensor:
+        found: torch.Tensor = genuine(tensor, *arguments, **how)
+        return found + len(tensor) if tensor.dim() == 2 else found
+
+    monkeypatch.setattr(torch.Tensor, "norm", shaped)
+    whole, layout = random_records([9] * 8), prototype_layout(2, 16)
+    moved = largest_move(bench, whole, Shapes(1000))
+    alone = class_sums(bench.classifier, whole, np.arange(1), layout, Shapes(1000)).norm().item()
+    assert moved == pytest.approx(alone, rel=1e-6)
+
+
 @pytest.mark.parametrize("token_budget", [1, 20, 10_000])
 def test_micro_batches_change_nothing(bench: Workbench, random_records: Any, token_budget: int) -> None:
     dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
-    wanted = class_sums(bench.classifier, dataset, np.arange(8), layout, 50)
-    got = class_sums(bench.classifier, dataset, np.arange(8)[::-1].copy(), layout, token_budget)
+    wanted = class_sums(bench.classifier, dataset, np.arange(8), layout, Shapes(50))
+    got = class_sums(bench.classifier, dataset, np.arange(8)[::-1].copy(), layout, Shapes(token_budget))
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
 def test_only_the_sites_own_records_are_read(bench: Workbench, random_records: Any) -> None:
     dataset, layout = random_records(LENGTHS), prototype_layout(2, 16)
     own = np.array([1, 4, 6])
-    before = class_sums(bench.classifier, dataset, own, layout, 50)
+    before = class_sums(bench.classifier, dataset, own, layout, Shapes(50))
     other = dataclasses.replace(dataset, labels=1 - dataset.labels)
     other.labels[own] = dataset.labels[own]
-    assert torch.equal(class_sums(bench.classifier, other, own, layout, 50), before)
+    assert torch.equal(class_sums(bench.classifier, other, own, layout, Shapes(50)), before)
 
 
 @settings(max_examples=30, deadline=None)

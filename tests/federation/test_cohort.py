@@ -12,6 +12,7 @@ import torch
 from scipy.stats import binom, chi2
 
 from fedlora.engine import training
+from fedlora.engine.batching import Shapes
 from fedlora.engine.prototypes import class_sums
 from fedlora.errors import AdapterError, ProtocolError
 from fedlora.federation import cohort
@@ -83,7 +84,10 @@ def test_the_prototype_release_of_a_site_has_noise_of_sigma_times_root_two(make_
     federation = make_federation("model.head=prototype")
     entry, bench = federation.workbench.schedule[0], federation.workbench
     layout, noise = bench.payload_layout(entry.phase), []
-    exact = [class_sums(bench.classifier, federation.dataset, site.records, layout, 4096) for site in federation.sites]
+    exact = [
+        class_sums(bench.classifier, federation.dataset, site.records, layout, Shapes(4096))
+        for site in federation.sites
+    ]
     for repetition in range(100):
         for site in federation.sites:
             site.secret, site.next_round, site.run_id = SecretRoot.seeded(repetition), 0, None

@@ -139,7 +139,7 @@ class _Rounds:
         return adapter.ratio if chosen and adapter.sharing == "none" else 1.0
 
     def _gradients(self, count: float, share_of_slots: float = 1.0) -> float:
-        tokens, rows = self._shape(count, agreeing=lambda _columns, counts, _clients: counts)
+        tokens, rows = self._shape(count, agreeing=lambda _columns, counts, *_: counts)
         return tokens * self._speed.gradient_token + rows * self._speed.gradient_row * share_of_slots
 
     def _forward(self, count: float) -> float:
