@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("flwr")
 
@@ -25,6 +29,32 @@ from tests.flower.cohort_run import cohort_run, tensors
 from tests.flower.local_grid import LocalGrid, Silent, forget, rounds, trained
 
 pytestmark = pytest.mark.flower
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = """
+import sys
+from pathlib import Path
+from simulations.flower import ConfiguredClientApp, leave, ray_engine
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from safetensors.torch import save_file
+from fedlora.config import RunConfig
+from server.strategy import FedloraStrategy
+
+config, app = RunConfig.from_toml(Path(sys.argv[1])), ServerApp()
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    result = FedloraStrategy(config).start(grid)
+    assert sorted(result.train_metrics_clientapp) == [0, 1, 2]
+    save_file(result.arrays.to_torch_state_dict(), sys.argv[2])
+
+with ray_engine(config, cpus=2) as workers:
+    backend = workers.backend_config
+    run_simulation(app, ConfiguredClientApp(config), num_supernodes=config.federation.clients, backend_config=backend)
+leave(0)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +198,21 @@ def test_without_anyone_watching_the_terminal_is_told(config: RunConfig, capsys:
     result = FedloraStrategy(config).start(LocalGrid(config))
     assert isinstance(result, Result)
     assert "3 clients, ffa rank 8" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("flower")
+def test_in_flowers_simulation_engine_the_result_is_the_same(config: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    config = config.with_overrides("federation.join_deadline=300")  # of an engine that takes its time to start
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ENGINE, str(tmp_path / "run.toml"), str(tmp_path / "arrays.safetensors")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(cohort_run(config).arrays(2), load_file(tmp_path / "arrays.safetensors"))
