@@ -286,6 +286,8 @@ GOES_WITH = {  # of keys whose other value is refused by itself
     "attackers": ("federation.aggregator=trimmed_mean",),
     "norm_bound": ("federation.aggregator=norm_bound",),
     "unit": ("model.head=frozen",),
+    "client_clip_norm": ("model.head=frozen", "privacy.unit=client"),
+    "client_noise": ("model.head=frozen", "privacy.unit=client", "federation.minimum_clients=3"),
 }
 VALUES = {"partition": "dirichlet", "ranks": "4", "attackers": 1}
 

@@ -38,7 +38,9 @@ def check_combinations(
     _check_method(model, adapter, federation, training)
     _check_aggregation(adapter, federation)
     if privacy.unit == "client":
-        _check_client_unit(model, adapter, federation, privacy)
+        _check_client_unit(model, adapter, federation, training, privacy)
+    else:
+        _check_client_keys(privacy)
     _check_task(model, data, federation)
     if federation.minimum_clients > (asked := federation.cohort_size):
         raise ConfigError(
@@ -146,8 +148,27 @@ def _check_aggregation(adapter: AdapterConfig, federation: FederationConfig) -> 
         )
 
 
+_LEAST_MOVE, _LONGEST_MOVE = 1e-6, 1e6
+"""Between them noise and its grid are ordinary float32 numbers."""
+
+
+def _check_client_keys(privacy: PrivacyConfig) -> None:
+    """Whoever sets them thinks that clients are protected."""
+    untouched = PrivacyConfig()
+    for key in ("client_noise", "client_clip_norm"):
+        if (value := getattr(privacy, key)) != getattr(untouched, key):
+            raise ConfigError(
+                f"privacy.{key} = {shown(value)}, but privacy.unit = record protects single records and does not look "
+                "at it; set privacy.unit=client, or leave it out"
+            )
+
+
 def _check_client_unit(
-    model: ModelConfig, adapter: AdapterConfig, federation: FederationConfig, privacy: PrivacyConfig
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    federation: FederationConfig,
+    training: TrainingConfig,
+    privacy: PrivacyConfig,
 ) -> None:
     """What would break the sensitivity of a client's part in the sum, or release something beside it."""
     unsuitable = {
@@ -156,6 +177,7 @@ def _check_client_unit(
         "privacy.mechanism": (privacy.mechanism, "gaussian", "noise is added to the moves' sum, not to gradients"),
         "adapter.select": (adapter.select, "none", "a search releases sums over records"),
         "adapter.ranks": (adapter.ranks, "", "clients of one rank have one clip bound"),
+        "training.noise_filter": (training.noise_filter, "none", "gradients have no noise to filter"),
     }
     for key, (value, wanted, reason) in unsuitable.items():
         if value != wanted:
@@ -166,6 +188,16 @@ def _check_client_unit(
         raise ConfigError(
             f"adapter.method = {adapter.method} makes its model of each client's own factors, which under privacy.unit "
             "= client nobody may see but as a noised mean; use ffa, ffa_svd, rolora, lora or fed_sb"
+        )
+    if adapter.method == "fedsa":
+        raise ConfigError(
+            "adapter.method = fedsa leaves B at each client, trained without noise under privacy.unit = client, and "
+            "whatever is made of it later would tell of the client; use ffa, ffa_svd, rolora, lora or fed_sb"
+        )
+    if not _LEAST_MOVE <= privacy.client_clip_norm <= _LONGEST_MOVE:
+        raise ConfigError(
+            f"privacy.client_clip_norm = {privacy.client_clip_norm:g}, wanted from {_LEAST_MOVE:g} to "
+            f"{_LONGEST_MOVE:g}; set it to about the length of a client's move in a round"
         )
     if model.head == "prototype":
         raise ConfigError(
@@ -187,6 +219,12 @@ def _check_client_unit(
             "privacy.client_noise = shared: the clients' parts are enough noise only together, but "
             f"federation.minimum_clients = {federation.minimum_clients} lets a round go on with fewer than the "
             f"{federation.cohort_size} asked; set it to {federation.cohort_size}"
+        )
+    if privacy.client_noise == "shared" and federation.wire_dtype != "float32":
+        raise ConfigError(
+            f"federation.wire_dtype = {federation.wire_dtype} rounds every client's part by itself, and under "
+            "privacy.client_noise = shared only their exact sum has the noise that is charged; "
+            "set federation.wire_dtype=float32, or privacy.client_noise=server"
         )
 
 

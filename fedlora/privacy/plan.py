@@ -3,6 +3,9 @@
 A run is a sequence of phases. Each has one mechanism, one sampler, one sensitivity and a planned number of steps; all
 phases are priced by one accountant, and the noise of fine-tuning is what remains to be chosen so that the total
 meets ε.
+
+Where a client's whole data is protected (privacy.unit = client), steps have no noise: what is released, and charged, is
+the noised sum of whole moves after a round of them (`client_level`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import BudgetRefused, DataError, PrivacyError, UnsoundMechanism
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.calibration import calibrate_noise_multiplier
+from fedlora.privacy.client_level import ClientLevel
 from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.mechanisms.mechanism import Mechanism, make_mechanism
@@ -29,7 +33,10 @@ from fedlora.privacy.sampling import PoissonSampler
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """One mechanism, run `num_steps` times on batches of one sampler, each record clipped to the sensitivity."""
+    """One mechanism, run `num_steps` times on batches of one sampler, each record clipped to the sensitivity.
+
+    These are the steps that a site does. What the accountant sees of them is `charge`.
+    """
 
     name: str
     sampler: PoissonSampler
@@ -45,8 +52,15 @@ class PhasePlan:
     cost the larger of the two (parallel composition; it holds for releases in turn as well, since the half without the
     record is the same in both worlds). It must be no dearer than this phase, whose charge then stands for both.
     """
+    client_level: ClientLevel | None = None
+    """How a client's whole move of a round is protected, in the place of its steps, which then have no noise."""
 
     def __post_init__(self) -> None:
+        if self.client_level is not None and (self.mechanism.noise_multiplier > 0 or self.beside is not None):
+            raise PrivacyError(
+                f"phase {self.name} has noise on steps, or two kinds of them, and on clients' whole moves; its charge "
+                "is for the moves alone"
+            )
         if self.beside is not None and not _no_dearer(self.beside.charge(), self.charge()):
             raise PrivacyError(
                 f"phase {self.beside.name} samples more, has less noise or more steps than {self.name}, which is to "
@@ -57,6 +71,11 @@ class PhasePlan:
     def sensitivity(self) -> float:
         """L2 distance that adding or removing one record can make to one step's sum."""
         return self.clipping.clip_norm
+
+    @property
+    def charged_sensitivity(self) -> float:
+        """L2 distance that adding or removing the unit of privacy can make to what the charged noise is added to."""
+        return self.sensitivity if self.client_level is None else self.client_level.clip_norm
 
     def add_clipped(self, total: Tensor, vectors: Sequence[Tensor], owner: Tensor) -> None:
         """Project and clip every record's vector and add it to `total`; arguments as in `Clipping.add_clipped`.
@@ -75,6 +94,8 @@ class PhasePlan:
     def charge(self, num_steps: int | None = None) -> Charge:
         """What the accountant sees of `num_steps` steps (all planned ones by default)."""
         steps = self.num_steps if num_steps is None else num_steps
+        if self.client_level is not None:
+            return self.client_level.charge(steps)
         return Charge(self.sampler.sampling_probability, self.mechanism.effective_noise_multiplier, steps)
 
 
@@ -89,6 +110,11 @@ class PrivacyPlan:
     def __getitem__(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)
 
+    @property
+    def unit(self) -> str:
+        """What is added or removed between neighbours: "record" or "client"."""
+        return "record" if all(phase.client_level is None for phase in self.phases) else "client"
+
     def epsilon(self) -> float:
         """ε at `delta` of the whole plan; inf for a run without noise."""
         return epsilon([phase.charge() for phase in self.phases], self.delta, self.accountant)
@@ -101,27 +127,29 @@ class PrivacyPlan:
             spent: ε of exactly these steps.
         """
         finetune = self[FINETUNE]
+        charged = {phase.name: phase.charge(steps.get(phase.name, 0)) for phase in self.phases}
+        nominal = charged[FINETUNE] if finetune.client_level else finetune.mechanism
         return {
-            "unit": "record",
+            "unit": self.unit,
             "relation": "add/remove",
             "delta": self.delta,
             "epsilon": spent,
             "accountant": self.accountant,
-            "sampling_probability": finetune.sampler.sampling_probability,
-            "noise_multiplier": finetune.mechanism.noise_multiplier,
-            "effective_noise_multiplier": finetune.mechanism.effective_noise_multiplier,
-            "num_steps": steps.get(FINETUNE, 0),
+            "sampling_probability": charged[FINETUNE].sampling_probability,
+            "noise_multiplier": nominal.noise_multiplier,
+            "effective_noise_multiplier": charged[FINETUNE].noise_multiplier,
+            "num_steps": charged[FINETUNE].num_steps,
             "mechanism": finetune.mechanism.name,
-            "clip_norm": finetune.clipping.clip_norm,
-            "clipping": finetune.clipping.kind,
+            "clip_norm": finetune.charged_sensitivity,
+            "clipping": "flat" if finetune.client_level else finetune.clipping.kind,
             "phases": [
                 {
                     "name": phase.name,
                     "mechanism": phase.mechanism.name,
-                    "sampling_probability": phase.sampler.sampling_probability,
-                    "effective_noise_multiplier": phase.mechanism.effective_noise_multiplier,
-                    "sensitivity": phase.sensitivity,
-                    "num_steps": steps.get(phase.name, 0),
+                    "sampling_probability": charged[phase.name].sampling_probability,
+                    "effective_noise_multiplier": charged[phase.name].noise_multiplier,
+                    "sensitivity": phase.charged_sensitivity,
+                    "num_steps": charged[phase.name].num_steps,
                 }
                 for phase in self.phases
             ],
@@ -137,7 +165,14 @@ def _no_dearer(one: Charge, other: Charge) -> bool:
     )
 
 
-def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, int], client: int) -> PrivacyPlan:
+def make_plan(
+    config: RunConfig,
+    *,
+    num_examples: int,
+    num_steps: Mapping[str, int],
+    client: int,
+    client_level: ClientLevel | None = None,
+) -> PrivacyPlan:
     """The plan of a site with `num_examples` records that does `num_steps` private steps in each phase.
 
     All training, in warm-up, bilevel search and fine-tuning, has one noise multiplier, so chosen that everything
@@ -146,7 +181,11 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
     With ε = inf the same plan without noise: its ε is inf. So is that of a mechanism which protects nothing, with the
     noise that a sound one would need.
 
+    Args:
+        client_level: of the whole run, where privacy.unit = client, and only there.
+
     Raises:
+        PrivacyError: it is missing, or there where records are protected.
         UnsoundMechanism: the mechanism protects nothing and privacy.allow_unsound is not set.
         DataError: δ is not below 1/n, or the expected batch is larger than the site's data.
         BudgetRefused: the phases beside training alone exceed ε.
@@ -157,8 +196,11 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
             "privacy.gredp_noise = real puts no noise on g_j - g_(n-j): half of every summed gradient would leave in "
             "clear, at no finite ε. Set privacy.gredp_noise=complex, or privacy.allow_unsound=true to run it at ε = inf"
         )
+    if (client_level is not None) != (privacy.unit == "client"):
+        given = "none is given" if client_level is None else "one is given"
+        raise PrivacyError(f"privacy.unit = {privacy.unit}, but of a protection of whole clients {given}")
     noisy = math.isfinite(privacy.epsilon)
-    if noisy and privacy.delta >= 1 / num_examples:
+    if noisy and client_level is None and privacy.delta >= 1 / num_examples:
         raise DataError(
             f"privacy.delta = {privacy.delta:g} is not below 1/n = {1 / num_examples:.3g} of client {client} "
             f"({num_examples} records): at that δ one record in n may be published. Set privacy.delta below it"
@@ -169,6 +211,8 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
             f"set it to at most {num_examples}"
         )
     probability = batch / num_examples
+    if client_level is not None:
+        return _client_level_plan(config, probability, num_steps.get(FINETUNE, 0), client, client_level)
     before, after = _prototype_phases(config), evaluation_phases(config)
     alignment, searched = _alignment_phases(config, num_examples), num_steps.get(BILEVEL, 0)
     trained = num_steps.get(WARMUP, 0) + num_steps.get(FINETUNE, 0)
@@ -191,12 +235,28 @@ def make_plan(config: RunConfig, *, num_examples: int, num_steps: Mapping[str, i
     bilevel = (_bilevel_phase(config, probability, noise_multiplier, searched, client),) if config.search_rounds else ()
     phases = (*before, *warmups, *alignment, *bilevel, finetune, *after)
     plan = PrivacyPlan(phases=phases, delta=privacy.delta, accountant=privacy.accountant)
-    spends = plan.epsilon()  # priced anew: a calibration may come from a cache, the guarantee never does
-    if spends > privacy.epsilon and not config.unsound:
+    if not config.unsound:
+        _check_target(plan, config, client)
+    return plan
+
+
+def _check_target(plan: PrivacyPlan, config: RunConfig, client: int) -> None:
+    """Priced anew: a calibration may come from a cache, the guarantee never does."""
+    spends = plan.epsilon()
+    if spends > config.privacy.epsilon:
         raise BudgetRefused(
-            f"the plan of client {client} would spend ε = {spends:.4f}, asked was {privacy.epsilon:g}; nothing was "
-            "computed. Delete fedlora's cache folder and try again"
+            f"the plan of client {client} would spend ε = {spends:.4f}, asked was {config.privacy.epsilon:g}; nothing "
+            "was computed. Delete fedlora's cache folder and try again"
         )
+
+
+def _client_level_plan(
+    config: RunConfig, probability: float, num_steps: int, client: int, client_level: ClientLevel
+) -> PrivacyPlan:
+    """Steps without noise, and rounds that are charged as releases of whole moves. Nothing else is released."""
+    finetune = replace(_training_phase(config, FINETUNE, probability, 0.0, num_steps), client_level=client_level)
+    plan = PrivacyPlan(phases=(finetune,), delta=config.privacy.delta, accountant=config.privacy.accountant)
+    _check_target(plan, config, client)
     return plan
 
 
