@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,17 +202,17 @@ def plot(found: Mapping[Case, float | None], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, figsize=(8, 5), dpi=120, sharex=True, sharey=True, layout="constrained")
-    width = 0.8 / len(AGGREGATORS)
+    apart = 0.6 / len(AGGREGATORS)
     for axes, hostile in zip(panels, (1, 2), strict=True):
         for position, aggregator in enumerate(AGGREGATORS):
-            values = [mean_accuracy(found, attack, hostile, aggregator) or 0.0 for attack in ATTACKS]
-            places = [index + (position - 2) * width for index in range(len(ATTACKS))]
-            axes.bar(places, values, width, label=aggregator)
-        honest = mean_accuracy(found, "none", 0, "mean") or 0.0
+            values = [mean_accuracy(found, attack, hostile, aggregator) or math.nan for attack in ATTACKS]
+            places = [index + (position - 2) * apart for index in range(len(ATTACKS))]
+            axes.plot(places, values, "o", markersize=5, label=aggregator)
+        honest = mean_accuracy(found, "none", 0, "mean") or math.nan
         axes.axhline(honest, color="#444444", linewidth=0.8, linestyle="--")
         axes.set_title(f"{hostile} of 10 sites hostile (dashed: none, mean)", fontsize=9, loc="left")
         axes.set_ylabel("accuracy")
-        axes.set_ylim(0.3, 0.8)
+        axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_xticks(range(len(ATTACKS)), list(ATTACKS))
     panels[0].legend(ncols=len(AGGREGATORS), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
