@@ -46,6 +46,7 @@ _ALLOWABLE = {
     "mechanisms": options_of(PrivacyConfig, "mechanism"),
     "noise": options_of(EngineConfig, "noise"),
     "phases": _PHASES,
+    "units": options_of(PrivacyConfig, "unit"),
 }
 """What a policy may name under [allow]."""
 
@@ -94,6 +95,9 @@ class Allow(Section, section="allow"):
     noise: tuple[str, ...] = setting(("host",), "engine.noise: host is a cipher, device a faster counter generator")
     phases: tuple[str, ...] = setting(
         ("prototype", "finetune"), "what may leave, by phase: also warmup, alignment, bilevel and evaluation"
+    )
+    units: tuple[str, ...] = setting(
+        ("record",), "privacy.unit; client lets moves leave without a record's noise: the budget is then spent for good"
     )
 
     def __post_init__(self) -> None:
@@ -226,6 +230,7 @@ class SitePolicy:
         privacy, federation, limits = config.privacy, config.federation, self.limits
         _, data = self.data_set(config.data.task)
         _member("methods", "adapter.method", config.adapter.method, self.allow.methods)
+        _member("units", "privacy.unit", privacy.unit, self.allow.units)
         _member("mechanisms", "privacy.mechanism", privacy.mechanism, self.allow.mechanisms)
         _member("noise", "engine.noise", config.engine.noise, self.allow.noise)
         _member("models", "model.name", config.model.name, tuple(self.models))
@@ -282,6 +287,8 @@ class SitePolicy:
     def check_plan(self, plan: PrivacyPlan) -> None:
         """Refuse a plan with a phase that may not leave, or with less noise than the site wants.
 
+        Where clients are protected, that is the noise which the federation says it adds to the sum of their moves.
+
         Raises:
             PolicyRefused: naming the rule.
         """
@@ -289,7 +296,7 @@ class SitePolicy:
         for phase in (phase for phase in plan.phases if phase.num_steps):
             _member("phases", "phase", phase.name, self.allow.phases)
             for release in filter(None, (phase, phase.beside)):
-                noise = release.mechanism.effective_noise_multiplier
+                noise = release.charge().noise_multiplier
                 if not noise >= least:
                     raise PolicyRefused(
                         f"phase {release.name} has noise multiplier {noise:.4g}, the policy wants at least {least:g}",

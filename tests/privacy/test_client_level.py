@@ -17,8 +17,8 @@ from fedlora.config import RunConfig
 from fedlora.errors import BudgetRefused, DataError, PrivacyError, ProtocolError
 from fedlora.privacy import accounting, client_level
 from fedlora.privacy.accounting import Charge
-from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.client_level import ClientLevel, ServerNoise, SharedNoise, make_client_level
+from fedlora.privacy.clipping import Clipping
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.phases import FINETUNE
@@ -296,9 +296,9 @@ def test_a_remembered_sigma_that_is_too_small_is_refused(monkeypatch: pytest.Mon
 
 def test_a_plan_has_one_unit() -> None:
     how, records = make_client_level(config(), 6), RunConfig()
-    with pytest.raises(PrivacyError, match="privacy.unit = client, but of a protection of whole clients none"):
+    with pytest.raises(PrivacyError, match=r"privacy\.unit = client, but of a protection of whole clients none"):
         make_plan(config(), num_examples=500, num_steps={FINETUNE: 4}, client=0)
-    with pytest.raises(PrivacyError, match="privacy.unit = record, but of a protection of whole clients one"):
+    with pytest.raises(PrivacyError, match=r"privacy\.unit = record, but of a protection of whole clients one"):
         make_plan(records, num_examples=2000, num_steps={FINETUNE: 4}, client=0, client_level=how)
     with pytest.raises(PrivacyError, match="noise on steps"):
         PhasePlan(

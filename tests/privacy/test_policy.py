@@ -19,9 +19,10 @@ from fedlora.experiments import simulate as experiment
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.federation import shelf, sites
 from fedlora.models import locate_model
+from fedlora.privacy.client_level import ServerNoise
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
-from fedlora.privacy.plan import make_plan
+from fedlora.privacy.plan import PrivacyPlan, make_plan
 from fedlora.privacy.policy import SitePolicy
 from tests.command_line import Said, typed
 
@@ -142,6 +143,7 @@ def nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
 RULES: dict[str, tuple[tuple[str, ...], str]] = {
     "a looser epsilon": (("privacy.epsilon=7.1",), "data.max_epsilon"),
     "no privacy": (("privacy.epsilon=inf",), "data.max_epsilon"),
+    "clients in place of records": (("privacy.unit=client", "model.head=frozen"), "units"),
     "a looser delta": (("privacy.delta=1.1e-3",), "data.max_delta"),
     "more clipped norm": (("privacy.clip_norm=1.01",), "limits.largest_clip_norm"),
     "more steps": (("federation.local_steps=3",), "limits.most_steps_per_round"),
@@ -221,6 +223,25 @@ def test_gates_need_noise_like_the_weights_beside_them(hospital: Hospital) -> No
     object.__setattr__(gates, "mechanism", GaussianMechanism(0.29))
     with pytest.raises(PolicyRefused, match=r"phase gates has noise multiplier 0\.29") as caught:
         policy.check_plan(plan)
+    assert caught.value.rule == "limits.smallest_noise_multiplier"
+
+
+def test_who_allows_clients_as_the_unit_is_still_owed_the_noise_that_the_federation_adds(hospital: Hospital) -> None:
+    """Of its own it adds none, or little: the limit is held against what is charged for the sum."""
+    policy = hospital.write_policy(("[allow]", '[allow]\nunits = ["record", "client"]'))
+    client = ("privacy.unit=client", "model.head=frozen", "federation.local_steps=2")
+    asked = hospital.config.with_overrides(*client)
+    policy.check_config(asked)
+    policy.check_config(hospital.config)
+    loose = asked.with_overrides("privacy.epsilon=1e6")
+
+    def plan(noise_multiplier: float) -> PrivacyPlan:
+        how = ServerNoise(clip_norm=1.0, noise_multiplier=noise_multiplier, cohort_size=1, steps_per_round=2)
+        return make_plan(loose, num_examples=RECORDS, num_steps={"finetune": 4}, client=0, client_level=how)
+
+    policy.check_plan(plan(0.3))
+    with pytest.raises(PolicyRefused, match="phase finetune has noise multiplier") as caught:
+        policy.check_plan(plan(0.299))
     assert caught.value.rule == "limits.smallest_noise_multiplier"
 
 
@@ -322,6 +343,7 @@ BROKEN: dict[str, tuple[tuple[str, str], str]] = {
     "size as text": (("max_epsilon", 'public_size = "about 200"\nmax_epsilon'), "public_size"),
     "a data set that is none": (("[data.ward]", "[data]"), "wanted a table"),
     "no data set": (("[data.ward]", "[site.ward]"), ""),
+    "an unknown unit": (('phases = ["prototype", "finetune"]', 'units = ["clients"]'), "did you mean client?"),
     "an unknown phase": (('["prototype", "finetune"]', '["prototype", "finetun"]'), "did you mean finetune?"),
     "phases as a number": (('phases = ["prototype", "finetune"]', "phases = 3"), "list of names"),
     "no phases": (('phases = ["prototype", "finetune"]', "phases = []"), "non-empty"),

@@ -43,3 +43,23 @@ def test_every_flaw_is_named_also_where_something_finite_is_said_to_be_spent(
     assert guarantee.flaws == flaws
     assert str(guarantee) == f"no guarantee: {'; '.join(flaws)}"
     assert math.isinf(guarantee.epsilon) == ("∞" in str(guarantee))
+
+
+@pytest.mark.parametrize(
+    ("noise", "whom", "seen"),
+    [("server", "whoever is not the server, which is trusted", "no noise"), ("shared", "sees sums alone", "its part")],
+)
+def test_a_guarantee_of_clients_names_them_and_whom_it_does_not_hold_against(noise: str, whom: str, seen: str) -> None:
+    settings = ("model.head=frozen", "privacy.unit=client", f"privacy.client_noise={noise}")
+    guarantee = Guarantee.from_config(RunConfig().with_overrides(*settings, "federation.minimum_clients=3"))
+    assert (guarantee.unit, guarantee.noise_by) == ("client", noise)
+    assert str(guarantee).startswith("ε = 6 at δ = 1e-05 for the whole data of one client (add/remove), by PLD")
+    assert whom in str(guarantee)
+    assert f"anything against the server, which sees each client's move with {seen}" in guarantee.not_covered
+    assert "record of one site" not in str(guarantee)
+
+
+def test_a_guarantee_of_records_is_in_the_words_that_earlier_records_have() -> None:
+    guarantee = Guarantee.from_config(RunConfig())
+    assert str(guarantee) == "ε = 6 at δ = 1e-05 for one record of one site (add/remove), by PLD accounting"
+    assert guarantee.from_whom == "against the server and every other site"

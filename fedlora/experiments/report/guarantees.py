@@ -21,10 +21,11 @@ def guarantee_words(results: Results) -> list[str]:
         return [f"No run here has a guarantee: nothing is promised about any record.{why}"]
     whose = f" of the {counted(len(held), 'run')} with a guarantee" if others else ""
     unit, place = _bounds([guarantee for _, guarantee in held])
+    from_whom = _listed(guarantee.from_whom for _, guarantee in held)
     return [
-        f"Every ε{whose} is an upper bound for {unit}, against the server and every other site, {place}.",
+        f"Every ε{whose} is an upper bound for {unit}, {from_whom}, {place}.",
         *([f"Nothing is promised by {counted(len(others), 'other run')}: {_reasons(others)}."] if others else []),
-        f"Not covered: {held[0][1].not_covered}.",
+        *(f"Not covered: {text}." for text in dict.fromkeys(guarantee.not_covered for _, guarantee in held)),
     ]
 
 
@@ -80,10 +81,10 @@ def _divided(runs: Iterable[ReportedRun]) -> tuple[list[tuple[ReportedRun, Guara
 
 def _bounds(held: Sequence[Guarantee]) -> tuple[str, str]:
     """What is bounded, and at which δ by whom; several of them where runs differ."""
-    units, relations = _listed(g.unit for g in held), _listed(g.relation for g in held)
+    units, relations = _listed(g.whose for g in held), _listed(g.relation for g in held)
     deltas = _listed(f"{g.delta:g}" for g in sorted(held, key=lambda g: g.delta))
     accountants = _listed(g.accountant.upper() for g in held)
-    return f"one {units} of one site ({relations})", f"at δ = {deltas}, by {accountants} accounting"
+    return f"{units} ({relations})", f"at δ = {deltas}, by {accountants} accounting"
 
 
 def _reasons(runs: Iterable[ReportedRun]) -> str:
@@ -100,8 +101,9 @@ def _of_run(run: ReportedRun) -> str:
     held = run.guarantee
     if held is None or held.flaws:
         return f"no guarantee: {_why(run)}"
+    whom = "" if held.noise_by == "site" else f", {held.from_whom}"
     return (
-        f"ε upper bound, one {held.unit} of one site, {held.relation}, δ = {held.delta:g}, {held.accountant.upper()}; "
+        f"ε upper bound, {held.whose}, {held.relation}, δ = {held.delta:g}, {held.accountant.upper()}{whom}; "
         f"{_ELSEWHERE}"
     )
 
