@@ -44,6 +44,7 @@ _DESK = "tests/site/test_desk.py"
 _SPENDING = "tests/site/test_spending.py"
 _DAEMON = "tests/site/test_daemon.py"
 _COMPANY = "tests/engine/test_company.py"
+_CLIENTS = "tests/privacy/test_client_level.py"
 
 LIES = {
     "no noise": Lie(
@@ -375,6 +376,60 @@ LIES = {
         sound="context.verify_mode = ssl.CERT_REQUIRED",
         planted="context.verify_mode = ssl.CERT_OPTIONAL",
         checks=("tests/site/test_tls.py::test_without_a_certificate_nobody_is_answered",),
+    ),
+    "the mean of clients is over who answered": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="        return released.double() / self.cohort_size",
+        planted="        return released.double() / len(parts)",
+        checks=(_CLIENTS,),
+    ),
+    "ten percent too little noise on clients": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="mechanism = GaussianMechanism(self.noise_multiplier)",
+        planted="mechanism = GaussianMechanism(0.9 * self.noise_multiplier)",
+        checks=(_CLIENTS,),
+    ),
+    "noise on a client's n-th of the sum": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="mechanism.privatize(total[0], sensitivity=self.clip_norm,",
+        planted="mechanism.privatize(total[0], sensitivity=self.clip_norm / self.cohort_size,",
+        checks=(_CLIENTS,),
+    ),
+    "a client may move the sum by twice the bound": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound='Clipping("flat", self.clip_norm)',
+        planted='Clipping("flat", 2 * self.clip_norm)',
+        checks=(_CLIENTS,),
+    ),
+    "clients' coordinates are clipped one by one": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="        own = move.detach().to(",
+        planted="        move = move.clamp(-self.clip_norm / 2, self.clip_norm / 2)\n        own = move.detach().to(",
+        checks=(_CLIENTS,),
+    ),
+    "the server believes that clients have clipped": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="            self._add_clipped(total, part)",
+        planted="            total[0] += part",
+        checks=(_CLIENTS,),
+    ),
+    "shared noise goes on without everybody": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="if len(parts) < self.cohort_size:",
+        planted="if len(parts) < 1:",
+        checks=(_CLIENTS,),
+    ),
+    "each client's part is all of the noise": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="return self.noise_multiplier / math.sqrt(self.cohort_size)",
+        planted="return self.noise_multiplier",
+        checks=(_CLIENTS,),
+    ),
+    "clients are charged as if they were sampled": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="return Charge(1.0, self.noise_multiplier, -(-num_steps",
+        planted="return Charge(0.25, self.noise_multiplier, -(-num_steps",
+        checks=(_CLIENTS,),
     ),
 }
 

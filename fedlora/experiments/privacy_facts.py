@@ -61,7 +61,9 @@ def privacy_facts(
     return {
         "guarantee": asdict(Guarantee.from_config(config, epsilon=worst["epsilon"])),
         "worst_client": worst["client"],
-        "noise_source": "seeded" if config.privacy.seeded_noise else config.engine.noise,
+        "noise_source": _noise_source(config),
+        "cohort_size": config.federation.cohort_size,
+        "less_noise": less_noise(config, worst),
         "resumed": resumption.resumed,
         "sites": [
             _site(facts, workbench.schedule, answered, resumption.done_anew.get(facts["client"], ()))
@@ -70,6 +72,28 @@ def privacy_facts(
         "vectors_out": _vectors_out(workbench, answered),
         "facts_out": _facts_out(clients),
         **oversight,
+    }
+
+
+def _noise_source(config: RunConfig) -> str:
+    """The noise on whole moves is one draw a round: always the host's."""
+    if config.privacy.seeded_noise:
+        return "seeded"
+    return config.engine.noise if config.privacy.unit == "record" else "host"
+
+
+def less_noise(config: RunConfig, worst: Mapping[str, Any]) -> dict[str, float] | None:
+    """ε against those who know parts of shared noise: the server all others' parts, another client its own."""
+    if config.privacy.unit == "record" or config.privacy.client_noise == "server":
+        return None
+    rounds, asked = worst["num_steps"], config.federation.cohort_size
+    told = worst.get("effective_noise_multiplier")  # not by a client that never answered
+    left = {"server": 1, "other": max(1, asked - 1)}
+    if not told or config.privacy.seeded_noise:
+        return dict.fromkeys(left, math.inf)
+    return {
+        who: _priced((Charge(1.0, told * math.sqrt(parts / asked), rounds),), worst["delta"], worst["accountant"])
+        for who, parts in left.items()
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fedlora.adapters.dam import Selection
 from fedlora.experiments import privacy_words as words
 from fedlora.experiments.record import guarantee_of
+from fedlora.experiments.wording import wording_of
 from fedlora.privacy.units import Guarantee, rounded_up
 
 Record = Mapping[str, Any]
@@ -20,6 +21,7 @@ Record = Mapping[str, Any]
 def privacy_report(record: Record) -> str:
     """The report in Markdown, from the record of a finished run as it was made or as read from record.json."""
     config, guarantee = record["config"], guarantee_of(record)
+    said_so, source = wording_of(guarantee), record["privacy"]["noise_source"]
     title = f"# Privacy report: {config['data']['task']}, {config['adapter']['method']}, {_count(record)}"
     sections = {
         "In plain words": [_plain_words(guarantee)],
@@ -28,11 +30,11 @@ def privacy_report(record: Record) -> str:
         "How the modules were chosen": [_choice(record), _beside(record)],
         "What the ledger says": [_ledger(record)],
         "What left the sites": [_vectors(record), _facts(record), words.ENVELOPE],
-        "What stayed": [words.STAYED],
-        "How the noise is made": [words.NOISE_SOURCE[record["privacy"]["noise_source"]], words.GRANULAR],
-        "What was done with noised values": [_post_processing(config)],
+        "What stayed": [said_so.stayed],
+        "How the noise is made": [said_so.noise_source[source], said_so.granular],
+        "What was done with noised values": [_post_processing(record)],
         "Check ε yourself": [_snippet(guarantee)],
-        "What is not covered": [words.NOT_COVERED],
+        "What is not covered": [said_so.not_covered],
         "Digests (SHA-256)": [_digests(record)],
     }
     parts = [title, *filter(None, (_verdict(guarantee, record), _tuned(guarantee, record)))]
@@ -51,7 +53,9 @@ def _verdict(guarantee: Guarantee, record: Record) -> str:
     if guarantee.flaws:
         return "\n\n".join(f"# NO GUARANTEE: {flaw}" for flaw in guarantee.flaws)
     alike = len({float(facts["epsilon"]) for facts in record["clients"]}) == 1
-    whose = words.SPENT_ALIKE if alike else words.SPENT_MOST.format(site=record["privacy"]["worst_client"])
+    whose = (
+        wording_of(guarantee).spent_alike if alike else words.SPENT_MOST.format(site=record["privacy"]["worst_client"])
+    )
     return "\n\n".join(filter(None, (f"**{guarantee}.** {whose}", _resumed(record))))
 
 
@@ -66,7 +70,7 @@ def _plain_words(guarantee: Guarantee) -> str:
     if guarantee.flaws:
         return words.NOTHING_PROMISED
     found = math.ceil(1000 * most_detected(guarantee.epsilon, guarantee.delta)) / 10
-    return words.PROMISED.format(
+    return wording_of(guarantee).promised.format(
         unit=guarantee.unit, relation=guarantee.relation, epsilon=_number(guarantee.epsilon), found=f"{found:g}"
     )
 
@@ -81,20 +85,25 @@ def most_detected(epsilon: float, delta: float, false_alarms: float = 0.01) -> f
 
 
 def _against_whom(record: Record) -> str:
-    holds = "see the verdict" if guarantee_of(record).flaws else "the guarantee above"
-    rows = [(who, text.format(holds=holds)) for who, text in words.AGAINST.items()]
+    guarantee = guarantee_of(record)
+    holds = "see the verdict" if guarantee.flaws else "the guarantee above"
+    known = {who: _number(epsilon) for who, epsilon in (record["privacy"].get("less_noise") or {}).items()}
+    asked = record["privacy"].get("cohort_size")
+    rows = [
+        (who, text.format(holds=holds, asked=asked, **known)) for who, text in wording_of(guarantee).against.items()
+    ]
     rows.append(("whoever configures the run", words.ENFORCED[record["privacy"]["enforced"]]))
     return _table(("who", "what holds"), rows)
 
 
 def _phases(record: Record) -> str:
-    rows = []
+    rows, wording = [], wording_of(guarantee_of(record))
     for facts, site in zip(record["clients"], record["privacy"]["sites"], strict=True):
         for phase, extra in zip(facts.get("phases", ()), site["phases"], strict=True):
             probability = phase["sampling_probability"]
             row = (
                 phase["name"],
-                "Poisson: a coin for each record and step" if probability < 1 else "none: all records of the phase",
+                "Poisson: a coin for each record and step" if probability < 1 else wording.all_taken,
                 f"{probability:.6g}",
                 phase["mechanism"],
                 f"{extra['noise_multiplier']:.6g}",
@@ -108,8 +117,9 @@ def _phases(record: Record) -> str:
         return ""
     heads = ("phase", "sampler", "q", "mechanism", "nominal σ", "effective σ", "sensitivity", "steps")
     ran = {row[0] for _, row in rows}  # said by sites: only names that are known are explained
-    meanings = "\n".join(f"- *{name}*: {text}" for name, text in words.PHASE.items() if name in ran)
-    return "\n\n".join((words.PHASES, meanings, _by_sites((*heads, "ε of the phase alone"), rows)))
+    meant = words.PHASE | {"finetune": wording.finetune}
+    meanings = "\n".join(f"- *{name}*: {text}" for name, text in meant.items() if name in ran)
+    return "\n\n".join((wording.phases, meanings, _by_sites((*heads, "ε of the phase alone"), rows)))
 
 
 def _totals(record: Record) -> str:
@@ -183,7 +193,7 @@ def _vectors(record: Record) -> str:
             shape = " × ".join(map(str, slot["shape"]))
             rows.append((vector["phase"], slot["name"], shape, str(slot["bytes"]), ""))
     table = _table(("phase", "slot", "shape", "bytes in one update", "updates that arrived, all sites"), rows)
-    return f"{words.VECTORS}\n\n{table}"
+    return f"{wording_of(guarantee_of(record)).vectors}\n\n{table}"
 
 
 def _facts(record: Record) -> str:
@@ -194,8 +204,8 @@ def _facts(record: Record) -> str:
     return f"{words.FACTS}\n\n{table}"
 
 
-def _post_processing(config: Record) -> str:
-    used = [words.ALWAYS]
+def _post_processing(record: Record) -> str:
+    config, used = record["config"], [wording_of(guarantee_of(record)).always]
     if (noise_filter := config["training"]["noise_filter"]) != "none":
         used.append(words.FILTERED.format(noise_filter=noise_filter))
     if (share := config["privacy"]["low_pass"]) < 1:

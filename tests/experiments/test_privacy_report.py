@@ -19,7 +19,7 @@ import pytest
 from fedlora.config import RunConfig
 from fedlora.data.fingerprint import fingerprint
 from fedlora.errors import RunInterrupted
-from fedlora.experiments.privacy_facts import epsilon_alone, oversight_facts
+from fedlora.experiments.privacy_facts import epsilon_alone, less_noise, oversight_facts
 from fedlora.experiments.privacy_report import most_detected, privacy_report
 from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.run_folder import RunFolder, to_json
@@ -552,6 +552,49 @@ def test_a_record_in_memory_and_one_read_from_json_give_one_report(make_run: Mak
     assert math.isinf(guarantee_of(record).epsilon)
     record["privacy"]["guarantee"]["epsilon"] = math.inf
     assert privacy_report(record) == report == privacy_report(to_json(record))
+
+
+@pytest.mark.parametrize("noise", ["server", "shared"])
+def test_a_report_on_clients_promises_nothing_of_records_and_nothing_against_the_server(
+    make_run: MakeRun, noise: str
+) -> None:
+    _, known = done(make_run("privacy.prototype_noise_multiplier=20"))
+    record = copy.deepcopy(known)
+    record["privacy"]["guarantee"] |= {"unit": "client", "noise_by": noise}
+    record["privacy"] |= {"cohort_size": 2, "less_noise": {"server": 9.5, "other": 9.25} if noise == "shared" else None}
+    report = privacy_report(record)
+    assert "Protected is the whole data of one client" in report
+    (against,) = [rows for rows in tables(report) if rows[0] == ["who", "what holds"]]
+    of_server = next(row[1] for row in against if row[0] == "server")
+    assert of_server.startswith("nothing: it is trusted" if noise == "server" else "less:")
+    assert ("ε = 9.5" in of_server) == (noise == "shared")
+    assert ("ε = 9.25" in report) == (noise == "shared")
+    for claim in (
+        *("one record of one site", "One vector of noised numbers"),
+        *(
+            "as long as the site's code",
+            "it sees every single update, and the guarantee",
+            "sums and counts without noise",
+        ),
+        *("*expected* batch size", "one record can move a step's sum"),
+    ):
+        assert claim in " ".join(privacy_report(known).split()), claim
+        assert claim not in " ".join(report.split()), claim
+
+
+def test_what_parts_of_shared_noise_leave_is_priced() -> None:
+    client = RunConfig().with_overrides("privacy.unit=client", "model.head=frozen")
+    everybody = ("federation.clients=8", "federation.minimum_clients=8")
+    shared = client.with_overrides("privacy.client_noise=shared", *everybody)
+    worst = {"num_steps": 5, "effective_noise_multiplier": 4.0, "delta": 1e-5, "accountant": "pld"}
+    assert less_noise(shared, worst) == {
+        "server": epsilon([Charge(1.0, 4.0 * math.sqrt(1 / 8), 5)], 1e-5),
+        "other": epsilon([Charge(1.0, 4.0 * math.sqrt(7 / 8), 5)], 1e-5),
+    }
+    assert less_noise(client, worst) is None
+    assert less_noise(RunConfig(), worst) is None
+    seeded = shared.with_overrides("privacy.seeded_noise=true")
+    assert less_noise(seeded, worst) == {"server": math.inf, "other": math.inf}
 
 
 def test_most_detected_is_the_line_of_the_trade_off() -> None:
