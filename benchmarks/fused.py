@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.spread import Spread, ratios, take_turns
+from fedlora.adapters.methods import Turn
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch, GradientBackend
@@ -148,10 +149,12 @@ class _Counted:
         self._backend, self.fuses_clients, self.slot_sizes = backend, backend.fuses_clients, backend.slot_sizes
         self.parts = self.tokens = 0
 
-    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(
+        self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
+    ) -> list[Tensor]:
         self.parts += 1
         self.tokens += batch["input_ids"].numel()
-        return self._backend.gradients(theta, batch, labels, owner)
+        return self._backend.gradients(theta, batch, labels, owner, turn)
 
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
         return self._backend.logits(theta, batch)

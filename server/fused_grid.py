@@ -27,6 +27,7 @@ from fedlora.experiments.run_folder import to_json
 from fedlora.experiments.simulate import CohortTransport, resolve
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.failures import failure_code
+from fedlora.federation.merging import padded
 from fedlora.federation.messages import ClientUpdate, Facts, RoundInstruction
 from fedlora.federation.prefixes import prefix_cache
 from fedlora.federation.schedule import ScheduledRound, make_schedule
@@ -200,7 +201,7 @@ class FusedGrid(Grid):
         ]
 
     def _ask(self, entry: ScheduledRound, theta: Tensor, clients: tuple[int, ...]) -> dict[int, ClientUpdate]:
-        layout = self.workbench.payload_layout(entry.phase)
+        layout = self.workbench.sent_layout(entry)
         instruction = replace(self.first, round_index=entry.index, theta=theta, layout_digest=layout.digest)
         replies = self.transport.exchange(instruction, clients)
         updates = {reply.client: reply for reply in replies if isinstance(reply, ClientUpdate)}
@@ -211,14 +212,12 @@ class FusedGrid(Grid):
 
     def _told(self, entry: ScheduledRound, theta: Tensor, update: ClientUpdate) -> RecordDict:
         """The global slots as this client would have them, and what it says of its guarantee."""
-        own, whole = self.workbench.payload_layout(entry.phase), self.workbench.layout
-        arrays = to_arrays(theta, whole)  # what was not trained in this round stays as it was
-        arrays.update(to_arrays(update.vector, own))
+        whole = padded(self.workbench, entry, update, theta)  # what nobody trains in this round stays as it was
         size = {"num-examples": update.facts["num_examples"]} if "num_examples" in update.facts else {}
         metrics = {name.replace("_", "-"): update.facts[name] for name in _METRICS}
         return RecordDict(
             {
-                "arrays": arrays,
+                "arrays": to_arrays(whole, self.workbench.layout),
                 "metrics": MetricRecord({"weight": 1.0, **size, **metrics}),
                 "facts": ConfigRecord({"json": json.dumps(to_json(update.facts))}),
             }
@@ -285,6 +284,7 @@ def _check_left_to_strategy(config: RunConfig) -> None:
         "federation.weights": (federation.weights, "uniform"),
         "federation.aggregator": (federation.aggregator, "mean"),
         "federation.server_optimizer": (federation.server_optimizer, "none"),
+        "federation.wire_dtype": (federation.wire_dtype, "float32"),
         "federation.private_evaluation": (federation.private_evaluation, False),
         "privacy.unit": (config.privacy.unit, "record"),
     }

@@ -204,7 +204,9 @@ class TableBackend:
         )
         self.asked: list[tuple[list[int], list[int]]] = []  # (records, owners) of every micro-batch
 
-    def gradients(self, theta: torch.Tensor, batch: Any, labels: Any, owner: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(
+        self, theta: torch.Tensor, batch: Any, labels: Any, owner: torch.Tensor, turn: Any = None
+    ) -> list[torch.Tensor]:
         records = batch["input_ids"][:, 0]
         real = batch["attention_mask"].sum(dim=1) == 2
         self.asked.append((records[real].tolist(), owner[real].tolist()))

@@ -92,9 +92,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_flower_config_is_the_default_run_config() -> None:
     declared = flat(PYPROJECT["tool"]["flwr"]["app"]["config"])
-    assert declared == RunConfig().to_flower(), (
-        "write the defaults of config/sections.py into [tool.flwr.app.config]"
-    )
+    assert declared == RunConfig().to_flower(), "write the defaults of config/sections.py into [tool.flwr.app.config]"
     assert RunConfig.from_flower(declared) == RunConfig()
 
 

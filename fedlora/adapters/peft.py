@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods.ffa import Places, check_places, frozen_factor
+from fedlora.adapters.methods import Places, check_places, frozen_factor
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ConfigError, ModelError, RunFolderError

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedlora.adapters.methods import Turn
+
 Batch = Mapping[str, Tensor]
 
 
@@ -22,7 +24,9 @@ class GradientBackend(Protocol):
         """Sizes of the trained slots in layout order; they add up to P."""
         ...
 
-    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(
+        self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
+    ) -> list[Tensor]:
         """Gradient of each record's own loss.
 
         Args:
@@ -30,9 +34,10 @@ class GradientBackend(Protocol):
             batch: padded inputs of N >= 1 records.
             labels: [N] int64 classes or float32 targets.
             owner: [N] int64, each record's row of `theta`.
+            turn: which slots are trained; all by default. Rows of `theta` agree in the parts it calls common.
 
         Returns:
-            One [N, size of slot] float32 tensor per slot, in layout order.
+            One [N, size of slot] float32 tensor per trained slot, in layout order.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 Each record gets its own copy E_i of its client's slot as a leaf of the graph. The forward is a batched product with
 E, so autograd's dLoss/dE is the stack of per-record gradients. Clients are fused by copying different rows of theta;
-padding, ragged Poisson batches and K = 1 are the same code. For B of FFA-LoRA this costs what the summed gradient
+padding, ragged Poisson batches and K = 1 are the same code. For a factor of LoRA this costs what the summed gradient
 costs (2 N T d r operations either way).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods.ffa import Places, check_places
+from fedlora.adapters.methods import Places, Turn, check_places
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
@@ -25,33 +25,50 @@ from fedlora.models import Classifier
 
 
 class ExpandedLoraLinear(Replacement):
-    """y = base(x) + scale * x Aᵀ E_iᵀ with frozen A [r, d_in] and one E_i [d_out, r] per record."""
+    """y = base(x) + scale * x A_iᵀ B_iᵀ with factors A_i [r, d_in] and B_i [d_out, r] of each record i.
 
-    def __init__(self, base: nn.Linear, factor: Tensor, scale: float) -> None:
+    A factor that is no slot is frozen and the same for all.
+    """
+
+    def __init__(self, base: nn.Linear, frozen: Mapping[str, Tensor], scale: float) -> None:
         super().__init__(base)
         self.scale = scale
-        self.register_buffer("factor", factor.to(base.weight), persistent=False)
-        self.expanded: dict[str, Tensor] = {}  # slot suffix -> [N, *shape]; set for the duration of one forward
+        self._frozen = {factor: value.to(base.weight) for factor, value in frozen.items()}
+        self.expanded: dict[str, Tensor] = {}  # factor -> [N, *shape]; set for the duration of one forward
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.expanded:
             return self.base(x)  # type: ignore[no-any-return]
         rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [N, T, d_in]
-        return self._adapted(rows, self.expanded["B"]).view(*x.shape[:-1], -1)
+        return self._adapted(rows).view(*x.shape[:-1], -1)
 
-    def _adapted(self, rows: Tensor, leaf: Tensor) -> Tensor:
-        arguments = rows, leaf, self.base.weight, self.base.bias, self.factor, self.scale
+    def _adapted(self, rows: Tensor) -> Tensor:
+        factors = self._factor("B", len(rows)), self._factor("A", len(rows))
+        arguments = rows, *factors, self.base.weight, self.base.bias, self.scale
         output, _ = LoraFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return output  # type: ignore[no-any-return]
+
+    def _factor(self, name: str, count: int) -> Tensor:
+        """[N, *shape] of the records' own, or of what is frozen."""
+        own = self.expanded.get(name)
+        return self._frozen[name].expand(count, -1, -1) if own is None else own
 
 
 class PlainLoraLinear(ExpandedLoraLinear):
     """The same by torch's own differentiation: for `torch.func.vmap`, and what the other is tested against."""
 
-    def _adapted(self, rows: Tensor, leaf: Tensor) -> Tensor:
-        inner = rows @ self.factor.T  # type: ignore[operator]
-        own = leaf.to(inner.dtype).transpose(1, 2)
-        return torch.baddbmm(self.base(rows), inner, own, alpha=self.scale)
+    def _adapted(self, rows: Tensor) -> Tensor:
+        outer, inner = (self._factor(name, len(rows)).to(rows.dtype) for name in ("B", "A"))
+        return torch.baddbmm(self.base(rows), rows @ inner.transpose(1, 2), outer.transpose(1, 2), alpha=self.scale)
+
+
+class ExpandedCoreLinear(ExpandedLoraLinear):
+    """y = base(x) + scale * x Aᵀ R_iᵀ Bᵀ with frozen A and B and one R_i [r, r] per record."""
+
+    def _adapted(self, rows: Tensor) -> Tensor:
+        core = self.expanded["R"].to(rows.dtype)
+        inner = torch.bmm(rows @ self._frozen["A"].T, core.transpose(1, 2))
+        return torch.add(self.base(rows), inner @ self._frozen["B"].T, alpha=self.scale)
 
 
 class ExpandedLinear(Replacement):
@@ -83,16 +100,18 @@ class ExpandedBackend:
         factors: Mapping[str, Tensor],
         places: Places,
         *,
+        outer: Mapping[str, Tensor] | None = None,
         compiled: bool = False,
     ) -> None:
         """Attach.
 
         Args:
             classifier: changed in place; its frozen linears stay reachable as `.base`.
-            layout: slots named `<base name>/B`, `head:<module>/weight` and `head:<module>/bias`.
-            factors: frozen A [r, d_in] float32 by base name.
+            layout: slots named `<base name>/B` (or A, or R), `head:<module>/weight` and `head:<module>/bias`.
+            factors: A [r, d_in] float32 by base name, where A is no slot.
             places: paths of the modules that each base name adapts. A record has one leaf per slot: where several
                 modules share it, its gradient is the sum over them and counts once in the clip.
+            outer: B [d_out, r] float32 by base name, where B is no slot.
             compiled: whether gradients are taken through `torch.compile`: seconds for each new shape of a micro-batch,
                 and faster ever after.
 
@@ -110,11 +129,20 @@ class ExpandedBackend:
         self.slot_sizes = tuple(slot.size for slot in layout.slots)
         linears = classifier.target_modules(paths)
         apart = _attentions_to_separate(classifier, paths)
+        frozen: dict[str, dict[str, Tensor]] = {
+            name: {factor: kept[name] for factor, kept in (("A", factors), ("B", outer or {})) if name in kept}
+            for name in places
+        }
+
+        def kind(path: str) -> type[ExpandedLoraLinear]:
+            if "R" in layout.parts:
+                return ExpandedCoreLinear
+            return PlainLoraLinear if path.startswith(apart) else ExpandedLoraLinear
+
         adapted: dict[str, ExpandedLoraLinear | ExpandedLinear] = {}
         for name, own in places.items():
             for path in own:
-                kind = PlainLoraLinear if path.startswith(apart) else ExpandedLoraLinear
-                adapted[path] = kind(linears[path], factors[name], layout.scale)
+                adapted[path] = kind(path)(linears[path], frozen[name], layout.scale)
         trained = {slot.name.rpartition("/")[0] for slot in layout.slots}
         for path, module in classifier.head_modules().items():
             if f"head:{path}" in trained:
@@ -128,9 +156,17 @@ class ExpandedBackend:
         bases = [(name, suffix) for name, _, suffix in (slot.name.rpartition("/") for slot in layout.slots)]
         self._users = [([adapted[path] for path in places.get(name, (name,))], suffix) for name, suffix in bases]
 
-    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
-        leaves = [_copies(self.layout.view(theta, slot), owner).requires_grad_() for slot in self.layout.slots]
-        loss = record_losses(self._forward(self._traced, leaves, batch), labels).sum()
+    def gradients(
+        self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
+    ) -> list[Tensor]:
+        expanded, leaves = [], []
+        for slot in self.layout.slots:
+            rows = self.layout.view(theta, slot)
+            value = _copies(rows[:1] if turn and slot.part in turn.common else rows, owner)
+            if turn is None or slot.part in turn.parts:
+                leaves.append(value.requires_grad_())
+            expanded.append(value)
+        loss = record_losses(self._forward(self._traced, expanded, batch), labels).sum()
         return [gradient.flatten(1) for gradient in torch.autograd.grad(loss, leaves)]
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """An adapted linear map as one node of the autograd graph: forward, input gradient and per-record gradients by hand.
 
 The same numbers as torch's own differentiation up to rounding, with fewer passes over memory: the low-rank part is
-added in place, both ways, and of the input only u = x Aᵀ is kept. A step on MiniLM takes 1 to 5 % less
-(docs/decisions.md).
+added in place, both ways, and of the input only u = x Aᵀ is kept, and x itself where A is trained. A step on MiniLM
+takes 1 to 5 % less (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -15,50 +15,71 @@ from torch import Tensor
 
 
 class LoraFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + scale · u E_iᵀ with u = x Aᵀ; the gradient of E_i is record i's own, scale · g_iᵀ u_i."""
+    """y = x Wᵀ + b + scale · u B_iᵀ with u = x A_iᵀ, and of B_i and A_i the gradients that are record i's own.
+
+    That of B_i is scale · g_iᵀ u_i, that of A_i scale · (g_i B_i)ᵀ x_i.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, scale: float
+        x: Tensor, outer: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Output and u.
 
         Args:
             x: [N, T, d_in].
-            leaf: [N, d_out, r] float32, one E per record; with a first stride of 0 where all records have the same.
+            outer: [N, d_out, r], one B per record; with a first stride of 0 where all records have the same.
+            inner: [N, r, d_in], one A per record; likewise.
             weight: [d_out, d_in], frozen.
             bias: [d_out], frozen, or None.
-            factor: A [r, d_in], frozen.
             scale: of the low-rank part.
         """
-        output, inner = F.linear(x, weight, bias), F.linear(x, factor)
-        own = leaf.to(inner.dtype)
-        if _common(leaf):
-            output.flatten(0, 1).addmm_(inner.flatten(0, 1), own[0].T, alpha=scale)
-        else:
-            output.baddbmm_(inner, own.transpose(1, 2), alpha=scale)
-        return output, inner
+        output, u = F.linear(x, weight, bias), _times(x, _as(inner, x.dtype).transpose(1, 2))
+        _add(output, u, _as(outer, u.dtype).transpose(1, 2), scale)
+        return output, u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, leaf, weight, _, factor, scale = inputs
+        x, outer, inner, weight, _, scale = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], leaf, weight, factor)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, output[1], outer, inner, weight)
         ctx.scale = scale
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        inner, leaf, weight, factor = ctx.saved_tensors
-        back = None
-        if ctx.needs_input_grad[0]:
+        x, u, outer, inner, weight = ctx.saved_tensors
+        for_input, for_outer, for_inner = ctx.needs_input_grad[:3]
+        back = of_outer = of_inner = None
+        if for_outer:
+            of_outer = torch.bmm(gradient.transpose(1, 2), u).to(outer.dtype).mul_(ctx.scale)
+        if for_input or for_inner:
+            low = _times(gradient, _as(outer, gradient.dtype))  # [N, T, r]
+        if for_inner:
+            of_inner = torch.bmm(low.transpose(1, 2), x).to(inner.dtype).mul_(ctx.scale)
+        if for_input:
             back = gradient @ weight
-            own = leaf.to(gradient.dtype)
-            low = gradient @ own[0] if _common(leaf) else torch.bmm(gradient, own)
-            back.flatten(0, 1).addmm_(low.flatten(0, 1), factor, alpha=ctx.scale)
-        per_record = torch.bmm(gradient.transpose(1, 2), inner).to(leaf.dtype).mul_(ctx.scale)
-        return back, per_record, None, None, None, None
+            _add(back, low, _as(inner, gradient.dtype), ctx.scale)
+        return back, of_outer, of_inner, None, None, None
 
 
-def _common(leaf: Tensor) -> bool:
-    """Whether all records of the micro-batch share one E, so that one matrix product serves them."""
-    return leaf.stride(0) == 0
+def _times(rows: Tensor, factors: Tensor) -> Tensor:
+    """[N, T, n] of `rows` [N, T, m] and each record's factor [N, m, n]."""
+    return rows @ factors[0] if _common(factors) else torch.bmm(rows, factors)
+
+
+def _add(total: Tensor, rows: Tensor, factors: Tensor, scale: float) -> None:
+    """Add scale times `_times(rows, factors)` to `total` in place."""
+    if _common(factors):
+        total.flatten(0, 1).addmm_(rows.flatten(0, 1), factors[0], alpha=scale)
+    else:
+        total.baddbmm_(rows, factors, alpha=scale)
+
+
+def _as(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factors` in `dtype`; one that all records share is converted once."""
+    return factors[:1].to(dtype).expand_as(factors) if _common(factors) else factors.to(dtype)
+
+
+def _common(factors: Tensor) -> bool:
+    """Whether all records of the micro-batch share one factor, so that one matrix product serves them."""
+    return factors.stride(0) == 0

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods.ffa import Places, check_places
+from fedlora.adapters.methods import Places, Turn, check_places, factors_in
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
@@ -25,18 +25,22 @@ from fedlora.models import Classifier
 
 
 class _LoraLinear(Replacement):
-    """y = base(x) + scale * B(x Aᵀ) with B an ordinary trainable linear, which Opacus knows how to sample."""
+    """y = base(x) + scale * B(R(x Aᵀ)) with each factor an ordinary linear, which Opacus knows how to sample."""
 
-    def __init__(self, base: nn.Linear, factor: Tensor, scale: float, weight: nn.Parameter) -> None:
+    def __init__(self, base: nn.Linear, factors: Mapping[str, nn.Parameter], scale: float) -> None:
         super().__init__(base)
         self.scale = scale
-        self.register_buffer("factor", factor.to(base.weight), persistent=False)
-        self.lora_b = nn.Linear(factor.shape[0], base.out_features, bias=False, device="meta")
-        self.lora_b.weight = weight
+        chain = []
+        for factor in ("A", "R", "B"):
+            if factor in factors:
+                height, width = factors[factor].shape
+                linear = nn.Linear(width, height, bias=False, device="meta")
+                linear.weight = factors[factor]
+                chain.append(linear)
+        self.chain = nn.Sequential(*chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = (x @ self.factor.T).float()  # type: ignore[operator]
-        update: Tensor = self.scale * self.lora_b(inner)
+        update: Tensor = self.scale * self.chain(x.float())
         return self.base(x) + update.to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -46,7 +50,13 @@ class OpacusBackend:
     fuses_clients = False
 
     def __init__(
-        self, classifier: Classifier, layout: AdapterLayout, factors: Mapping[str, Tensor], places: Places
+        self,
+        classifier: Classifier,
+        layout: AdapterLayout,
+        factors: Mapping[str, Tensor],
+        places: Places,
+        *,
+        outer: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Attach; arguments and errors as in `ExpandedBackend`."""
         from opacus import GradSampleModule
@@ -56,18 +66,24 @@ class OpacusBackend:
         self._attachment = Attachment(classifier)
         self.classifier, self.layout = classifier, layout
         self.slot_sizes = tuple(slot.size for slot in layout.slots)
-        trained = self._adapt(factors, places) | self._copy_head()
+        trained = self._adapt({"A": factors, "B": outer or {}}, places) | self._copy_head()
         self._parameters = [trained[slot.name].requires_grad_() for slot in layout.slots]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Opacus warns of hooks it sets itself
             self._wrapped = GradSampleModule(classifier, loss_reduction="sum").train()
 
-    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(
+        self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
+    ) -> list[Tensor]:
         self._load(theta[int(owner[0])])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Using a non-full backward hook": Opacus' own choice
             record_losses(self._wrapped(batch), labels).sum().backward()
-        gradients = [parameter.grad_sample.flatten(1).float() for parameter in self._parameters]  # type: ignore[attr-defined]
+        gradients = [
+            parameter.grad_sample.flatten(1).float()  # type: ignore[attr-defined]
+            for slot, parameter in zip(self.layout.slots, self._parameters, strict=True)
+            if turn is None or slot.part in turn.parts
+        ]
         for parameter in self._parameters:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
         return gradients
@@ -83,18 +99,25 @@ class OpacusBackend:
         self._load(theta)
         return self._wrapped(batch)  # type: ignore[no-any-return]
 
-    def _adapt(self, factors: Mapping[str, Tensor], places: Places) -> dict[str, nn.Parameter]:
-        """Replace the adapted linears; their B by slot name, zero until a vector is loaded."""
-        weights: dict[str, nn.Parameter] = {}
+    def _adapt(self, frozen: Mapping[str, Mapping[str, Tensor]], places: Places) -> dict[str, nn.Parameter]:
+        """Replace the adapted linears; their trained factors by slot name, zero until a vector is loaded."""
+        trained: dict[str, nn.Parameter] = {}
+        slots = {slot.name: slot for slot in self.layout.slots}
         for name, own in places.items():
             linears = self.classifier.target_modules(own)
-            first = linears[own[0]]
-            weight = nn.Parameter(torch.zeros(first.out_features, self.layout.rank, device=first.weight.device))
+            device = linears[own[0]].weight.device
+            factors = {
+                factor: nn.Parameter(kept[name].to(device), requires_grad=False)
+                for factor, kept in frozen.items()
+                if name in kept
+            }
+            for factor in factors_in(self.layout):
+                slot = slots[f"{name}/{factor}"]
+                trained[slot.name] = factors[factor] = nn.Parameter(torch.zeros(slot.shape, device=device))
             for path in own:
-                replacement = _LoraLinear(linears[path], factors[name], self.layout.scale, weight)
+                replacement = _LoraLinear(linears[path], factors, self.layout.scale)
                 self._attachment.replace(path, linears[path], replacement)
-            weights[f"{name}/B"] = weight
-        return weights
+        return trained
 
     def _copy_head(self) -> dict[str, nn.Parameter]:
         """Replace a trained head's linears by copies, since vectors are loaded into them; theirs by slot name."""

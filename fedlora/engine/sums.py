@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import Turn
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import FixedShape, Shapes
@@ -36,6 +37,7 @@ def clipped_sums(
     expected: float = math.inf,
     vectors: Vectors | None = None,
     width: int | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Sum over each client's records of their clipped vectors, [K, width] float64.
 
@@ -50,6 +52,7 @@ def clipped_sums(
         expected: number of records in such a step of the whole cohort, a public one; see `Shapes.cut`.
         vectors: what is clipped; the gradients themselves by default.
         width: numbers in a record's vector; P by default.
+        turn: which slots the gradients are of; all by default.
     """
     records = np.concatenate(drawn)
     owner = np.repeat(np.arange(len(drawn)), [len(part) for part in drawn])
@@ -63,7 +66,7 @@ def clipped_sums(
         dummies = np.full(group.rows - len(members), members[0])  # they belong to anyone
         everyone = torch.from_numpy(np.concatenate([members, dummies])).to(rows.device)
         owners = everyone[: len(members)]
-        gradients = backend.gradients(theta, batch, labels, everyone)
+        gradients = backend.gradients(theta, batch, labels, everyone, turn)
         phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)
     return totals
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlora.adapters.methods import Turn
+from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import GradientBackend
 from fedlora.engine.batching import Shapes
-from fedlora.engine.filters import make_filter
+from fedlora.engine.filters import NoiseFilter, make_filter
 from fedlora.engine.releases import privatize_all
 from fedlora.engine.sums import clipped_sums
 from fedlora.errors import PrivacyError
@@ -40,6 +42,18 @@ class TrainingJob:
     noise: NoiseSource = field(repr=False)
     optimizer_state: OptimizerState | None = None
     """State of the local optimiser to start from; None starts afresh."""
+    active: Tensor | None = None
+    """[P] bool: coordinates that a client of a smaller rank has; the rest is zero and stays so. None: all of them."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """What the steps of a round train of a layout's flat vector, in turn."""
+
+    layout: AdapterLayout
+    turns: tuple[Turn, ...]
+    rate_of_a: float = 1.0
+    """Learning rate of A over that of everything else."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +75,17 @@ def train(
     training: TrainingConfig,
     shapes: Shapes,
     cohort: int | None = None,
+    division: Division | None = None,
 ) -> list[TrainedRow]:
-    """Train every job for `num_steps` private steps from the common `theta` [P] float32.
+    """Train every job for `num_steps` private steps from `theta`, [P] common to all or [K, P], float32.
 
-    Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients, adds noise once
-    per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al. 2016, Algorithm 1.
+    Each step draws one Poisson batch per job (possibly empty), sums the clipped per-record gradients of what it trains,
+    adds noise once per job, divides by the *expected* batch size and takes one optimiser step. Source: Abadi et al.
+    2016, Algorithm 1.
 
     Args:
         cohort: clients of the round, where these jobs are a wave of it; nobody's bits tell how it was divided.
+        division: what is trained in which step; everything in every step by default.
 
     Raises:
         PrivacyError: the jobs project or clip differently. One call treats all records alike; each job's noise fits
@@ -76,24 +93,112 @@ def train(
     """
     if len({(job.phase.clipping, job.phase.projection) for job in jobs}) > 1:
         raise PrivacyError("jobs of one call project or clip differently; train them in separate calls")
-    rows = theta.repeat(len(jobs), 1)
-    parameters = [nn.Parameter(row) for row in rows]  # views: a step moves `rows`
-    optimizer = make_optimizer(training, learning_rate, parameters)
-    for parameter, job in zip(parameters, jobs, strict=True):
-        if job.optimizer_state is not None:
-            optimizer.state[parameter] = _copied(job.optimizer_state, rows.device)
-    noise_filter = make_filter(
-        training, slot_sizes=backend.slot_sizes, noise_std=[_noise_std(job.phase, training) for job in jobs]
-    )
-    for _ in range(num_steps):
-        point = noise_filter.point(rows)
-        gradients = torch.stack(_private_mean_gradients(backend, dataset, jobs, point, training, shapes, cohort))
-        for parameter, gradient in zip(parameters, noise_filter.refine(gradients), strict=True):
-            parameter.grad = gradient
+    rows = theta.repeat(len(jobs), 1) if theta.dim() == 1 else theta.clone()
+    parts = _parts(division)
+    parameters = [{part: nn.Parameter(row[span]) for part, span in parts.items()} for row in rows]  # views of `rows`
+    optimizer = make_optimizer(training, learning_rate, _groups(parameters, learning_rate, division))
+    for own, job in zip(parameters, jobs, strict=True):
+        for part, parameter in own.items():
+            if (state := _state_of(part, job.optimizer_state)) is not None:
+                optimizer.state[parameter] = _copied(state, rows.device)
+    noise_std = [_noise_std(job.phase, training) for job in jobs]
+    lessons = [_Lesson.of(turn, backend, division, training, noise_std) for turn in _turns(division)]
+    for number in range(num_steps):
+        lesson = lessons[number % len(lessons)]
+        point = lesson.point(rows)
+        gradients = torch.stack(
+            _private_mean_gradients(backend, dataset, jobs, point, training, shapes, cohort, lesson)
+        )
+        for own, gradient in zip(parameters, lesson.filter.refine(gradients), strict=True):
+            for part, span in lesson.spans.items():
+                own[part].grad = gradient[span]
         optimizer.step()
         optimizer.zero_grad()
         del gradients, gradient  # or they would lie beside the next step's sums
-    return [TrainedRow(parameter.detach().clone(), dict(optimizer.state[parameter])) for parameter in parameters]
+    return [
+        TrainedRow(
+            row.clone(),
+            {
+                f"{part}/{key}" if part else key: value
+                for part, parameter in own.items()
+                for key, value in optimizer.state[parameter].items()
+            },
+        )
+        for row, own in zip(rows, parameters, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lesson:
+    """One of the turns of a call."""
+
+    turn: Turn | None
+    slot_sizes: tuple[int, ...]
+    positions: Tensor | None
+    """Of its coordinates in the flat vector; None where they are all."""
+    spans: dict[str, slice]
+    """Of its parts among its coordinates."""
+    filter: NoiseFilter
+
+    @classmethod
+    def of(
+        cls,
+        turn: Turn | None,
+        backend: GradientBackend,
+        division: Division | None,
+        training: TrainingConfig,
+        noise_std: Sequence[float],
+    ) -> Self:
+        slot_sizes, positions, spans = tuple(backend.slot_sizes), None, {"": slice(None)}
+        if turn is not None and division is not None:
+            own = division.layout.only(turn.parts)
+            slot_sizes, spans = tuple(slot.size for slot in own.slots), {part: own.span(part) for part in own.parts}
+            if own is not division.layout:
+                positions = division.layout.positions(turn.parts)
+        noise_filter = make_filter(training, slot_sizes=slot_sizes, noise_std=noise_std)
+        return cls(turn=turn, slot_sizes=slot_sizes, positions=positions, spans=spans, filter=noise_filter)
+
+    def point(self, rows: Tensor) -> Tensor:
+        """Where gradients are taken, [K, P]."""
+        if self.positions is None:
+            return self.filter.point(rows)
+        positions = self.positions.to(rows.device)
+        return rows.index_copy(1, positions, self.filter.point(rows[:, positions]))
+
+    def cut(self, vector: Tensor) -> Tensor:
+        """The lesson's coordinates of `vector` [P]."""
+        return vector if self.positions is None else vector[self.positions.to(vector.device)]
+
+
+def _turns(division: Division | None) -> Sequence[Turn | None]:
+    return (None,) if division is None else division.turns
+
+
+def _parts(division: Division | None) -> dict[str, slice]:
+    """What is a parameter of its own, and where it stands: an optimiser leaves alone what has no gradient in a step."""
+    if division is None:
+        return {"": slice(None)}
+    trained = {part for turn in division.turns for part in turn.parts}
+    return {part: division.layout.span(part) for part in division.layout.parts if part in trained}
+
+
+def _groups(
+    parameters: Sequence[dict[str, nn.Parameter]], rate: float, division: Division | None
+) -> list[dict[str, Any]]:
+    """Parameters by part, as torch's optimisers take them; a rate of its own for A."""
+    of_a = 1.0 if division is None else division.rate_of_a
+    return [
+        {"params": [own[part] for own in parameters], "lr": rate * (of_a if part == "A" else 1.0)}
+        for part in parameters[0]
+    ]
+
+
+def _state_of(part: str, state: OptimizerState | None) -> OptimizerState | None:
+    """What of `state` is that of `part`."""
+    if state is None or not part:
+        return state
+    own = {key.removeprefix(f"{part}/"): value for key, value in state.items() if key.startswith(f"{part}/")}
+    return own or None
 
 
 def _noise_std(phase: PhasePlan, training: TrainingConfig) -> float:
@@ -111,14 +216,19 @@ def _private_mean_gradients(
     training: TrainingConfig,
     shapes: Shapes,
     cohort: int | None,
+    lesson: _Lesson,
 ) -> list[Tensor]:
-    """One logical step: for each job (clipped sum + noise) / expected batch size, [P]."""
+    """One logical step: for each job (clipped sum + noise) / expected batch size, of the lesson's coordinates."""
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
     phase, clients = jobs[0].phase, cohort or len(jobs)
     how: dict[str, Any] = {"shapes": shapes, "clients": clients, "expected": clients * training.expected_batch_size}
-    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)
-    released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], backend.slot_sizes)
-    return [gradient.div_(training.expected_batch_size) for gradient in released]
+    totals = clipped_sums(backend, dataset, drawn, rows, phase, width=sum(lesson.slot_sizes), turn=lesson.turn, **how)
+    released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], lesson.slot_sizes)
+    for job, gradient in zip(jobs, released, strict=True):
+        gradient.div_(training.expected_batch_size)
+        if job.active is not None:  # what is zero has no gradient, so this drops noise alone
+            gradient.mul_(lesson.cut(job.active).to(gradient.device))
+    return released
 
 
 def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:
@@ -129,8 +239,10 @@ def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:
     }
 
 
-def make_optimizer(training: TrainingConfig, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's own optimiser, one parameter per client: element-wise rules keep the clients apart."""
+def make_optimizer(
+    training: TrainingConfig, rate: float, parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """torch's own optimiser, parameters of their own for every client: element-wise rules keep the clients apart."""
     decay = training.weight_decay
     match training.optimizer:
         case "sgd":

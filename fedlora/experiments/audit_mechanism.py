@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import Turn
 from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch
@@ -52,7 +53,9 @@ class PlantedBackend:
         """`gradients` is [2, P] float32."""
         self._gradients = gradients
 
-    def gradients(self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(
+        self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
+    ) -> list[Tensor]:
         return [part.clone() for part in self._gradients[batch["input_ids"][:, 0]].split(self.slot_sizes, dim=1)]
 
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:

@@ -1,7 +1,8 @@
 """What a stopped run needs to go on, in one safetensors file that is replaced atomically.
 
-Holds the server's public state and, in simulation, what the sites would keep to themselves: optimiser states (derived
-from noised gradients only) and fingerprints of their records. It goes when the run has ended.
+Holds the server's public state and, in simulation, what the sites would keep to themselves: optimiser states and their
+own parts of the adapter (derived from noised gradients only) and fingerprints of their records. It goes when the run
+has ended.
 
 It never holds a secret root: a resumed run draws new noise, which the accounting allows since every round is released
 once.
@@ -27,7 +28,7 @@ from fedlora.federation.module_scores import SearchState
 from fedlora.federation.server import ServerState
 from fedlora.federation.site import Site
 
-FORMAT = "fedlora-checkpoint-3"
+FORMAT = "fedlora-checkpoint-4"
 
 
 def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> None:
@@ -35,10 +36,15 @@ def save_checkpoint(path: Path, state: ServerState, sites: Sequence[Site]) -> No
     tensors: dict[str, Tensor] = {"theta": state.theta}
     if state.head is not None:
         tensors["head/weight"], tensors["head/bias"] = (tensor.cpu() for tensor in state.head)
+    if state.folded is not None:
+        tensors["folded"] = state.folded
+    tensors |= {f"server/{key}": value for key, value in state.optimizer_state.items()}
     for site in sites:
         for key, value in (site.optimizer_state or {}).items():
             if value is not None:
                 tensors[f"site/{site.client}/{key}"] = torch.as_tensor(value).cpu()
+        if site.kept is not None:
+            tensors[f"kept/{site.client}"] = site.kept
     tensors |= _search_tensors(state.search)
     facts: dict[str, Any] = {
         "run_id": state.run_id,
@@ -83,7 +89,7 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
             )
         prefix = f"site/{site.client}/"
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        site.optimizer_state = own or None
+        site.optimizer_state, site.kept = own or None, tensors.get(f"kept/{site.client}")
         site.next_round = facts["next_round"]
     search = _read_search(facts["search"], tensors)
     chosen = None if search.selection is None else search.selection.mask.chosen
@@ -93,6 +99,10 @@ def load_checkpoint(path: Path, sites: Sequence[Site]) -> ServerState:
         run_id=facts["run_id"],
         theta=tensors["theta"],
         head=(tensors["head/weight"], tensors["head/bias"]) if "head/weight" in tensors else None,
+        folded=tensors.get("folded"),
+        optimizer_state={
+            name.removeprefix("server/"): tensor for name, tensor in tensors.items() if name.startswith("server/")
+        },
         next_round=facts["next_round"],
         facts={int(client): known for client, known in facts["facts"].items()},
         bytes_up=facts["bytes_up"],

@@ -58,6 +58,7 @@ class Cohort:
         requests = [site.request(instruction) for site in self.sites]  # one refusal, and no site has spent its round
         self._adopt(instruction)
         self._check_theta(instruction)
+        self._fold(instruction.folded)
         if instruction.head is not None:
             self._set_head(*instruction.head)
         compute = self._computation(instruction)
@@ -83,7 +84,7 @@ class Cohort:
                 f"{self.workbench.config.adapter.select}; server and clients run different configurations"
             )
         self.workbench.adopt(chosen)
-        layout = self.workbench.payload_layout(phase)
+        layout = self.workbench.sent_layout(self.sites[0].scheduled(instruction))
         if instruction.layout_digest != layout.digest:
             raise ProtocolError(
                 f"instruction has layout {instruction.layout_digest[:12]}, this side built {layout.digest[:12]}; "
@@ -102,6 +103,24 @@ class Cohort:
                 f"instruction's theta has values beyond ±{LARGEST_VALUE:g}, wanted what sound training reaches; "
                 "lower training.learning_rate if this is your own run"
             )
+
+    def _fold(self, folded: Tensor | None) -> None:
+        """Add to the base what the server has made of earlier rounds, where the method has it do so."""
+        bench = self.workbench
+        if folded is None:
+            bench.folded.undo()
+            return
+        if not bench.method.folds:
+            raise ProtocolError(
+                f"instruction adds to the base model, which adapter.method = {bench.config.adapter.method} never does; "
+                "server and clients run different configurations"
+            )
+        if folded.shape != (bench.folded.size,) or not folded.abs().max() <= LARGEST_VALUE:
+            raise ProtocolError(
+                f"instruction adds {tuple(folded.shape)} numbers to the base, wanted {bench.folded.size} within "
+                f"±{LARGEST_VALUE:g}; lower training.learning_rate if this is your own run"
+            )
+        bench.folded.add(folded.to(bench.execution.device))
 
     def _check_gates(self, theta: Tensor) -> None:
         """Gradients of a bilevel search are taken where the gates have scaled the weights."""
@@ -139,12 +158,13 @@ class Cohort:
                 records=nothing,
                 gate_records=nothing,
                 optimizer_state=None,
+                kept=None,
                 secret=SecretRoot.from_os(),
             )
             compute(theta, short, [replace(blank) for _ in range(count)])
 
         bench = self.workbench
-        return wave_size(bench, self.sites[0].plan[short.phase], theta[: bench.layout.size], len(self.sites), train)
+        return wave_size(bench, self.sites[0].plan[short.phase], bench.initial_theta, len(self.sites), train)
 
     def _in_waves(self, size: int, compute: _Training, entry: ScheduledRound) -> list[Tensor]:
         return in_waves(self.workbench, self.sites, size, partial(compute, entry))
@@ -160,7 +180,7 @@ class Cohort:
         self.workbench.classifier.set_head(weight, bias)
 
     def _update(self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor) -> ClientUpdate:
-        layout = self.workbench.payload_layout(instruction.phase)
+        layout = self.workbench.sent_layout(entry, site.client)
         update = ClientUpdate(
             run_id=instruction.run_id,
             round_index=entry.index,
@@ -182,6 +202,7 @@ class Cohort:
                 sampling=site.secret.numpy("sampling", site.client, entry.index),
                 noise=self._noise(site, entry.index),
                 optimizer_state=site.optimizer_state,
+                active=bench.active(site.client),
             )
             for site in sites
         ]
@@ -189,17 +210,24 @@ class Cohort:
             bench.backend,
             self.dataset if self.prefixes is None else with_prefix(self.prefixes, bench, entry, self.sites),
             jobs,
-            theta,
+            torch.stack([bench.start(theta, site.client, site.kept) for site in sites]) if bench.differs else theta,
             num_steps=entry.num_steps,
             learning_rate=entry.learning_rate,
             training=bench.config.training,
             shapes=bench.shapes,
             cohort=len(self.sites),
+            division=bench.division(entry),
         )
         if bench.config.training.keep_state:
             for site, row in zip(sites, trained, strict=True):
                 site.optimizer_state = _on_host(row.optimizer_state)
-        return [row.theta.cpu() for row in trained]
+        rows = [row.theta.cpu() for row in trained]
+        if bench.method.local:
+            for site, own in zip(sites, rows, strict=True):
+                site.kept = own[bench.layout.positions(bench.method.local)]
+        if not entry.turns:
+            return rows
+        return [row[bench.sent_positions(entry, site.client)] for site, row in zip(sites, rows, strict=True)]
 
     def _search(self, theta: Tensor, entry: ScheduledRound, sites: Sequence[Site]) -> list[Tensor]:
         """Weights and gates in turn; `theta` [P + M] holds both."""
@@ -242,11 +270,12 @@ class Cohort:
 
     def _class_sums(self, site: Site, entry: ScheduledRound) -> Tensor:
         bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
-        return class_sums(bench.classifier, self.dataset, site.records, layout, bench.execution.token_budget)
+        return class_sums(bench.classifier, self.dataset, site.records, layout, bench.shapes)
 
     def _confusion_counts(self, theta: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
         bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
-        return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.execution.token_budget)
+        theta = bench.start(theta, site.client, site.kept)
+        return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.shapes)
 
     def _alignment_sums(self, theta: Tensor, directions: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
         bench, phase = self.workbench, site.plan[entry.phase]

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedlora.adapters.methods.method import Turn, method_of
 from fedlora.config import RunConfig
 from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, WARMUP
 from fedlora.randomness import PublicSeed
+
+Turns = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class ScheduledRound:
     clients: tuple[int, ...]
     num_steps: int
     learning_rate: float = 0.0
+    turns: Turns = ()
+    """What steps of fine-tuning train, in turn."""
 
 
 def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
@@ -31,15 +36,17 @@ def make_schedule(config: RunConfig) -> tuple[ScheduledRound, ...]:
     federation, everyone = config.federation, tuple(range(config.federation.clients))
     rounds: list[ScheduledRound] = []
 
-    def add(phase: str, clients: tuple[int, ...], num_steps: int, learning_rate: float = 0.0) -> None:
-        rounds.append(ScheduledRound(len(rounds), phase, clients, num_steps, learning_rate))
+    def add(phase: str, clients: tuple[int, ...], num_steps: int, rate: float = 0.0, turns: Turns = ()) -> None:
+        rounds.append(ScheduledRound(len(rounds), phase, clients, num_steps, rate, turns))
 
     if config.model.head == "prototype":
         add(PROTOTYPE, everyone, 1)
     searched = config.warmup_rounds + config.search_rounds
+    method, head = method_of(config.adapter), config.model.head == "trained"
     for number in range(federation.rounds):
         phase = WARMUP if number < config.warmup_rounds else BILEVEL if number < searched else FINETUNE
-        add(phase, _cohort(config, everyone, number), federation.local_steps, _learning_rate(config, number))
+        turns = method.turns(number - searched, head=head) if phase == FINETUNE else ()
+        add(phase, _cohort(config, everyone, number), federation.local_steps, _learning_rate(config, number), turns)
         if config.adapter.select == "alignment" and number + 1 == searched:
             add(ALIGNMENT, everyone, 1)
     if federation.private_evaluation:

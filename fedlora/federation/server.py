@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +17,13 @@ from fedlora.engine.confusion import PrivateEvaluation, estimate_accuracy
 from fedlora.engine.gates import LARGEST_GATE_LOGIT
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
-from fedlora.federation.aggregation import exact_sum, outlying, uniform_mean
+from fedlora.federation.aggregation import aggregate, exact_sum, outlying, told_size
+from fedlora.federation.merging import Merged, merge, padded
 from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
 from fedlora.federation.module_scores import SearchState
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.selection import choose_modules, chosen_theta
+from fedlora.federation.server_optimizer import ServerOptimizer
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
 from fedlora.privacy.mechanisms.granular import released_std
@@ -59,6 +61,10 @@ class ServerState:
     """Of the last whole round, as written for people to read."""
     search: SearchState = field(default_factory=SearchState)
     """For the modules to adapt."""
+    folded: Tensor | None = None
+    """[F] float32, what the base was given beside its own weights; None: nothing."""
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict)
+    """What `federation.server_optimizer` remembers of earlier rounds."""
 
     @property
     def chosen(self) -> tuple[bool, ...] | None:
@@ -113,6 +119,7 @@ class Server:
         if state.head is not None:
             self.workbench.classifier.set_head(*state.head)
         self.workbench.adopt(state.chosen)
+        self.workbench.folded.add(state.folded)
         for entry in self.workbench.schedule[state.next_round :]:
             self.on_round(self._round(entry, state), state)
         return state
@@ -122,7 +129,7 @@ class Server:
         if entry.phase == FINETUNE and self.workbench.config.adapter.select != "none" and state.chosen is None:
             self._choose(state)
         self.before_round(entry)
-        layout = self.workbench.payload_layout(entry.phase)
+        layout = self.workbench.sent_layout(entry)
         instruction = RoundInstruction(
             run_id=state.run_id,
             round_index=entry.index,
@@ -131,11 +138,12 @@ class Server:
             theta=self._theta(entry, state),
             head=state.head,
             mask=state.chosen,
+            folded=state.folded,
         )
-        updates, failures = self._sort(self._exchange(instruction, entry), instruction, entry)
+        updates, failures = self._sort(self._exchange(instruction, entry), instruction, entry, state.theta)
         if entry.phase != EVALUATION:
             self._require_enough(entry, len(updates), failures)
-        evaluation = self._apply(entry, state, updates)
+        evaluation = self._apply(entry, state, instruction.theta, updates)
         state.facts |= self._facts(entry, state, {update.client: update.facts for update in updates})
         up = sum(update.vector.nbytes for update in updates)
         down = instruction.num_bytes * len(entry.clients)
@@ -172,9 +180,11 @@ class Server:
             )
 
     def _theta(self, entry: ScheduledRound, state: ServerState) -> Tensor:
-        """What the round starts from; a bilevel search has its gates' logits behind it, 0 at first."""
+        """What the round starts from: all that is not kept by sites, and a bilevel search's gates, whose logits are 0
+        at first.
+        """
         if entry.phase != BILEVEL:
-            return state.theta
+            return state.theta[self.workbench.layout.positions(self.workbench.shared_parts)]
         gates = state.search.gates
         return torch.cat([state.theta, torch.zeros(len(self.workbench.candidates)) if gates is None else gates])
 
@@ -211,12 +221,11 @@ class Server:
         }
 
     def _sort(
-        self, replies: list[Reply], instruction: RoundInstruction, entry: ScheduledRound
+        self, replies: list[Reply], instruction: RoundInstruction, entry: ScheduledRound, theta: Tensor
     ) -> tuple[list[ClientUpdate], dict[int, str]]:
         """Usable updates, one per asked client, and a code for everyone else."""
         updates: dict[int, ClientUpdate] = {}
         failures = dict.fromkeys(entry.clients, "no_reply")
-        layout = self.workbench.payload_layout(entry.phase)
         for reply in replies:
             if reply.client not in failures or reply.client in updates:
                 continue  # not asked, or a second answer
@@ -224,19 +233,30 @@ class Server:
                 failures[reply.client] = reply.code
                 continue
             try:
-                check_update(reply, instruction, layout)
-            except ProtocolError:
+                check_update(reply, instruction, self.workbench.sent_layout(entry, reply.client))
+                if entry.phase in TRAINING and self.workbench.config.federation.weights == "public_size":
+                    told_size(reply)
+            except ProtocolError as error:
+                logger.warning("%s", error)
                 failures[reply.client] = "protocol"
             else:
                 updates[reply.client] = reply
         if entry.phase in TRAINING:
-            for client in outlying(list(updates.values()), instruction.theta, self.workbench.layout.size):
+            for client in self._outlying([*updates.values()], instruction, entry, theta):
                 del updates[client]
                 failures[client] = "outlier"
         return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
 
+    def _outlying(
+        self, updates: Sequence[ClientUpdate], instruction: RoundInstruction, entry: ScheduledRound, theta: Tensor
+    ) -> list[int]:
+        if not entry.turns:
+            return outlying(updates, instruction.theta, self.workbench.layout.size)
+        whole = [replace(update, vector=padded(self.workbench, entry, update, theta)) for update in updates]
+        return outlying(whole, theta, self.workbench.layout.size)
+
     def _apply(
-        self, entry: ScheduledRound, state: ServerState, updates: Sequence[ClientUpdate]
+        self, entry: ScheduledRound, state: ServerState, start: Tensor, updates: Sequence[ClientUpdate]
     ) -> PrivateEvaluation | None:
         """Put what came back into `state`; an evaluation leaves it alone and returns what was found."""
         search = state.search
@@ -249,17 +269,27 @@ class Server:
             search.products = search.products or UpdateProducts.empty(self.workbench.layout, self.workbench.candidates)
             for update in sorted(updates, key=lambda update: update.client):  # sums do not depend on who came first
                 search.products.add(update.vector - state.theta)
-        mean = uniform_mean(updates)
+        if entry.phase == FINETUNE:
+            self._merge(entry, state, updates)
+            return None
+        reached = aggregate(updates, None if entry.phase == PROTOTYPE else start, self.workbench.config.federation)
         if entry.phase == PROTOTYPE:
             layout = self.workbench.payload_layout(PROTOTYPE)
-            state.head = prototype_head(mean, layout, self.workbench.config.model.temperature)
+            state.head = prototype_head(reached, layout, self.workbench.config.model.temperature)
             self.workbench.classifier.set_head(*state.head)
         elif entry.phase == BILEVEL:
-            size = len(state.theta)
-            state.theta, search.gates = mean[:size].clone(), mean[size:].clamp(-LARGEST_GATE_LOGIT, LARGEST_GATE_LOGIT)
+            theta, gates = reached.split([len(state.theta), len(self.workbench.candidates)])
+            state.theta, search.gates = theta.clone(), gates.clamp(-LARGEST_GATE_LOGIT, LARGEST_GATE_LOGIT)
         else:
-            state.theta = mean
+            state.theta = reached
         return None
+
+    def _merge(self, entry: ScheduledRound, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
+        optimizer = ServerOptimizer(self.workbench.config.federation)
+        optimizer.restore(state.optimizer_state)
+        merged = merge(self.workbench, entry, Merged(state.theta, state.folded), updates, optimizer)
+        state.theta, state.folded, state.optimizer_state = merged.theta, merged.folded, optimizer.state()
+        self.workbench.folded.add(state.folded)
 
     def _metrics(self, entry: ScheduledRound, state: ServerState) -> Metrics:
         if entry.phase in (EVALUATION, ALIGNMENT, BILEVEL):

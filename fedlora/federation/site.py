@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from fedlora.engine.training import OptimizerState
 from fedlora.errors import ProtocolError, RoundRepeated
@@ -50,6 +51,8 @@ class Site:
     next_round: int = 0
     """Rounds before this one are over: answered, or given up and still counted."""
     optimizer_state: OptimizerState | None = field(default=None, repr=False)
+    kept: Tensor | None = field(default=None, repr=False)
+    """What a method has the site keep of its last trained vector [P]: noised as all of it, and never sent."""
     gate_records: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     """Those of `records` that teach the gates of a bilevel search; the rest teaches its weights. A private number."""
     mask: tuple[bool, ...] | None = None

@@ -111,6 +111,8 @@ def _attempted(compute: Compute, wave: Sequence[Site]) -> list[Tensor] | None:
 
 def _start_over(bench: Workbench) -> None:
     """Give up what the attempt has left on the device, and in a back end's hooks."""
+    added = bench.folded.added
     bench.detach()
     bench.adopt(None if bench.mask is None else bench.mask.chosen)
+    bench.folded.add(added)
     torch.cuda.empty_cache()

@@ -14,19 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.dam import Candidate, ModuleMask
-from fedlora.adapters.methods import ffa
+from fedlora.adapters.methods import (
+    Method,
+    Parts,
+    Places,
+    Turn,
+    build_layout,
+    frozen_factors,
+    frozen_parts,
+    method_of,
+)
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.engine.backend import GradientBackend
-from fedlora.engine.batching import AgreeingRows, Shapes
+from fedlora.engine.batching import AgreeingRows, Quantity, Shapes
 from fedlora.engine.capacity import Footprint
 from fedlora.engine.company import Company
 from fedlora.engine.confusion import confusion_layout
 from fedlora.engine.device_memory import exhaustion_named
 from fedlora.engine.execution import Execution, choose_execution
 from fedlora.engine.expanded import ExpandedBackend
+from fedlora.engine.folding import FoldedBase
 from fedlora.engine.gates import GatedSlots
 from fedlora.engine.prototypes import prototype_layout
+from fedlora.engine.training import Division
 from fedlora.federation.schedule import ScheduledRound, make_schedule
 from fedlora.federation.shelf import Shelf
 from fedlora.models import Classifier
@@ -59,14 +70,16 @@ class Workbench:
     """With a slot for each of them, whatever is adapted by now."""
     mask: ModuleMask | None
     """Which of them are adapted; None for all."""
-    places: ffa.Places
+    places: Places
     """Base name of an adapter's slot -> paths of the modules it adapts."""
     layout: AdapterLayout
     backend: GradientBackend
     shapes: Shapes
     """How private records are cut into micro-batches for this back end."""
     initial_theta: Tensor
-    """[P] float32: B = 0, so that training starts at the base model; a trained head starts at its random values."""
+    """[P] float32: B = 0 (or R), so that training starts at the base model; A and a trained head are random."""
+    folded: FoldedBase
+    """The frozen weights of what is adapted, to which a method may add."""
     footprints: dict[str, Footprint] = field(default_factory=dict, repr=False)
     """What training takes of the device's memory, by phase, where it was measured for these adapters."""
     attached: bool = True
@@ -84,9 +97,72 @@ class Workbench:
             return self._with({slot.name: slot.shape for slot in self.full_layout.slots}, "gates")
         return self.full_layout if phase == WARMUP else self.layout
 
+    def sent_layout(self, entry: ScheduledRound, client: int | None = None) -> AdapterLayout:
+        """What a client sends back in the round `entry`: of `payload_layout`, what it trained and does not keep.
+
+        Args:
+            entry: the round.
+            client: one of a smaller rank sends less; None: one of full rank.
+        """
+        layout = self.payload_layout(entry.phase)
+        return layout.only(self.sent_parts(entry), self._rank(client)) if entry.turns else layout
+
+    def sent_parts(self, entry: ScheduledRound) -> Parts:
+        """Of the flat vector, in a round of fine-tuning."""
+        trained = {part for turn in entry.turns for part in turn.parts}
+        return tuple(part for part in self.shared_parts if part in trained)
+
+    def sent_positions(self, entry: ScheduledRound, client: int | None = None) -> Tensor:
+        """Where the numbers of `sent_layout` stand in the flat vector [P] of fine-tuning."""
+        return self.layout.positions(self.sent_parts(entry), self._rank(client))
+
+    @property
+    def shared_parts(self) -> Parts:
+        """Of the flat vector: those that the server knows."""
+        return tuple(part for part in self.layout.parts if part not in self.method.local)
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.config.adapter)
+
+    @property
+    def differs(self) -> bool:
+        """Whether clients start a round from different vectors."""
+        return bool(self.method.local or self.config.adapter.ranks)
+
+    def division(self, entry: ScheduledRound) -> Division:
+        """What the steps of the round `entry` train."""
+        return Division(self.layout, entry.turns or (Turn(self.layout.parts),), self.config.adapter.rate_of_a)
+
+    def active(self, client: int) -> Tensor | None:
+        """Coordinates that `client` has, [P] bool; None for all."""
+        if self._rank(client) == self.layout.rank:
+            return None
+        active = torch.zeros(self.layout.size, dtype=torch.bool)
+        active[self.layout.positions(self.layout.parts, self._rank(client))] = True
+        return active
+
+    def start(self, theta: Tensor, client: int, kept: Tensor | None) -> Tensor:
+        """Where `client` starts from, [P] on the device: what the server sent, what it kept, its own rank of both.
+
+        Args:
+            theta: of `shared_parts`, on the device.
+            client: its number.
+            kept: of the method's local parts, from its last round; None: as they are at first.
+        """
+        start, device = self.initial_theta.clone(), self.execution.device
+        start[self.layout.positions(self.shared_parts).to(device)] = theta
+        if kept is not None:
+            start[self.layout.positions(self.method.local).to(device)] = kept.to(device)
+        active = self.active(client)
+        return start if active is None else start * active.to(device)
+
     def global_size(self, phase: str) -> int:
         """How many numbers the server sends as theta in `phase`."""
-        return self.payload_layout(phase).size if phase == BILEVEL else self.layout.size
+        return self.payload_layout(phase).size if phase == BILEVEL else self.layout.only(self.shared_parts).size
+
+    def _rank(self, client: int | None) -> int:
+        return self.config.adapter.rank if client is None else self.config.adapter.rank_of(client)
 
     @property
     def gated(self) -> GatedSlots:
@@ -105,12 +181,13 @@ class Workbench:
             return
         self.detach()
         attached = _attach(self.config, self.execution, self.classifier, mask)
-        self.places, self.layout, self.backend, self.shapes, self.initial_theta = attached
+        self.places, self.layout, self.backend, self.shapes, self.initial_theta, self.folded = attached
         self.footprints.clear()
         self.mask, self.attached = mask, True
 
     def detach(self) -> None:
         """Give the base model back as it was. `adopt` attaches anew."""
+        self.folded.undo()
         self.backend.detach()
         self.attached = False
 
@@ -135,7 +212,7 @@ def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
     execution = choose_execution(config)
     torch.set_float32_matmul_precision(execution.matmul_precision)
     classifier = (shelf or Shelf()).classifier(config, execution)
-    places, layout, backend, shapes, initial_theta = _attach(config, execution, classifier, None)
+    places, layout, backend, shapes, initial_theta, folded = _attach(config, execution, classifier, None)
     return Workbench(
         config=config,
         execution=execution,
@@ -149,6 +226,7 @@ def build_workbench(config: RunConfig, shelf: Shelf | None = None) -> Workbench:
         backend=backend,
         shapes=shapes,
         initial_theta=initial_theta,
+        folded=folded,
     )
 
 
@@ -171,17 +249,18 @@ def find_candidates(classifier: Classifier, targets: Sequence[str]) -> tuple[Can
 
 def _attach(
     config: RunConfig, execution: Execution, classifier: Classifier, mask: ModuleMask | None
-) -> tuple[ffa.Places, AdapterLayout, GradientBackend, Shapes, Tensor]:
-    adapter, seed = config.adapter, PublicSeed.from_int(config.run.seed)
+) -> tuple[Places, AdapterLayout, GradientBackend, Shapes, Tensor, FoldedBase]:
+    adapter = config.adapter
     modules = classifier.target_modules(adapter.targets)
     places: dict[str, tuple[str, ...]] = {path: (path,) for path in (modules if mask is None else mask.modules)}
     if mask is not None and adapter.sharing == "type":
         places |= mask.sharing
     heads = classifier.head_modules() if config.model.head == "trained" else {}
-    layout = ffa.build_layout(modules, heads, places=places, rank=adapter.rank, alpha=adapter.alpha)
-    factors = ffa.frozen_factors(seed, modules, places, adapter.rank)
-    initial_theta = _initial_theta(layout, heads).to(execution.device)
-    backend = _make_backend(config, execution, classifier, layout, factors, places)
+    layout = build_layout(modules, heads, places=places, rank=adapter.rank, alpha=adapter.alpha, method=adapter.method)
+    folded = FoldedBase(modules, places)
+    factors = frozen_factors(PublicSeed.from_int(config.run.seed), modules, places, adapter.rank)
+    initial_theta = _initial_theta(layout, heads, factors).to(execution.device)
+    backend = _make_backend(config, execution, classifier, layout, places)
     try:
         with exhaustion_named(f"a micro-batch of {config.model.name}"):
             agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
@@ -190,16 +269,19 @@ def _attach(
     except BaseException:
         backend.detach()
         raise
-    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience), initial_theta
+    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience), initial_theta, folded
 
 
-def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear]) -> Tensor:
+def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear], factors: Mapping[str, Tensor]) -> Tensor:
+    """B and R at zero, A and a trained head at their random values."""
     theta = torch.zeros(layout.size)
     modules = {f"head:{path}": module for path, module in heads.items()}
     for slot in layout.slots:
         path, _, suffix = slot.name.rpartition("/")
         if path in modules:
             layout.view(theta, slot).copy_(getattr(modules[path], suffix).detach())
+        elif slot.part == "A":
+            layout.view(theta, slot).copy_(factors[path])
     return theta
 
 
@@ -213,19 +295,20 @@ def _check_company(
         num_labels=classifier.num_labels,
         device=execution.device,
         projection=LowPass(config.privacy.low_pass) if config.privacy.low_pass < 1 else None,
+        classifier=classifier if classifier.pooling != "native" else None,
     )
     longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
     with any_head(config, classifier):
         company.check(token_budget=execution.token_budget, longest=longest)
 
-    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
+    def agreeing(columns: int, counts: Sequence[int], clients: int, quantity: Quantity) -> Sequence[int]:
         with any_head(config, classifier):
-            return company.agreeing_rows(columns, counts, clients)
+            return company.agreeing_rows(columns, counts, clients, quantity)
 
     return agreeing
 
 
-def _all_agree(_columns: int, counts: Sequence[int], _clients: int) -> Sequence[int]:
+def _all_agree(_columns: int, counts: Sequence[int], _clients: int, _quantity: Quantity) -> Sequence[int]:
     """Without privacy nobody minds the last bits."""
     return counts
 
@@ -250,15 +333,17 @@ def any_head(config: RunConfig, classifier: Classifier) -> Iterator[None]:
 
 
 def _make_backend(
-    config: RunConfig,
-    execution: Execution,
-    classifier: Classifier,
-    layout: AdapterLayout,
-    factors: Mapping[str, Tensor],
-    places: ffa.Places,
+    config: RunConfig, execution: Execution, classifier: Classifier, layout: AdapterLayout, places: Places
 ) -> GradientBackend:
+    factors, outer = frozen_parts(
+        config.adapter,
+        PublicSeed.from_int(config.run.seed),
+        classifier.target_modules(config.adapter.targets),
+        layout,
+        places,
+    )
     if config.engine.backend == "opacus":
         from fedlora.engine.opacus import OpacusBackend
 
-        return OpacusBackend(classifier, layout, factors, places)
-    return ExpandedBackend(classifier, layout, factors, places, compiled=execution.compiled)
+        return OpacusBackend(classifier, layout, factors, places, outer=outer)
+    return ExpandedBackend(classifier, layout, factors, places, outer=outer, compiled=execution.compiled)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedlora.adapters.methods import ffa
+from fedlora.adapters import methods
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
@@ -32,7 +32,7 @@ def untouched_classifier(config: RunConfig, num_labels: int = 2) -> Classifier:
 def loop_over_records(
     config: RunConfig,
     layout: AdapterLayout,
-    places: ffa.Places,
+    places: methods.Places,
     theta: Tensor,
     dataset: EncodedDataset,
     owner: Tensor,
@@ -41,7 +41,7 @@ def loop_over_records(
     classifier = untouched_classifier(config, num_labels=1 if dataset.labels.dtype == np.float32 else 2)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     linears = classifier.target_modules([path for paths in places.values() for path in paths])
-    factors = ffa.frozen_factors(PublicSeed.from_int(config.run.seed), linears, places, config.adapter.rank)
+    factors = methods.frozen_factors(PublicSeed.from_int(config.run.seed), linears, places, config.adapter.rank)
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
     scale = config.adapter.alpha / config.adapter.rank
     rows: list[list[Tensor]] = []

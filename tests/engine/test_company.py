@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.engine import company
-from fedlora.engine.batching import Shapes, fixed_shapes
+from fedlora.engine.batching import Quantity, Shapes, fixed_shapes
 from fedlora.engine.company import Company
 from fedlora.engine.sums import clipped_sums
 from fedlora.engine.training import TrainingJob, train
@@ -69,7 +69,7 @@ class Gossip:
     fuses_clients = True
     slot_sizes = (3,)
 
-    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
         ids = batch["input_ids"].float()
         return [ids[:, :3] + 1e-6 * ids.sum()]
 
@@ -94,7 +94,7 @@ def test_a_trace_of_the_others_is_found_and_one_by_one_is_the_way_out() -> None:
 class Shaped(Gossip):
     """As kernels are: the number of rows decides the order of summation, here from 8 rows on in another way."""
 
-    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
         ids = batch["input_ids"].float()
         return [ids[:, :3] * (1 + 2**-20 * (len(ids) >= 8))]
 
@@ -102,7 +102,7 @@ class Shaped(Gossip):
 class Placed(Gossip):
     """The row of a record decides, as where vectors of a loop end in a rest."""
 
-    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
         ids = batch["input_ids"].float()
         return [ids[:, :3] * (1 + 2**-20 * (torch.arange(len(ids)) == len(ids) - 2)[:, None])]
 
@@ -120,7 +120,7 @@ def test_only_numbers_of_rows_that_give_the_same_bits_are_used() -> None:
 class Rare(Gossip):
     """Another kernel whose doing rounding hides in nine of ten records, as bfloat16 does."""
 
-    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
         ids = batch["input_ids"].float()
         return [ids[:, :3] * (1 + 2**-20 * (len(ids) < 16) * (ids[:, :1] % 10 == 3))]
 
@@ -134,7 +134,7 @@ def test_an_inner_product_that_is_cut_otherwise_for_fewer_rows_is_found(monkeypa
     """A search clips products, of which cancellation may leave nothing but rounding."""
 
     class Alike(Gossip):
-        def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+        def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
             return [batch["input_ids"].float()[:, :3]]
 
     genuine = torch.linalg.vecdot
@@ -163,7 +163,7 @@ def test_what_is_expected_bounds_the_rows_and_what_came_does_not() -> None:
 class LoneLeak(Gossip):
     """Kernels that mix records where a lone client's adapters are not copied."""
 
-    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
         ids = batch["input_ids"].float()
         return [ids[:, :3] + 1e-3 * ids.sum() * (len(theta) == 1)]
 
@@ -175,9 +175,9 @@ def test_every_width_is_looked_at_in_the_shape_and_on_the_path_of_training(make_
     asked: list[tuple[int, tuple[int, ...], int]] = []
     genuine = bench.shapes.agreeing
 
-    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
+    def agreeing(columns: int, counts: Sequence[int], clients: int, quantity: Quantity) -> Sequence[int]:
         asked.append((columns, tuple(counts), clients))
-        found: Sequence[int] = genuine(columns, counts, clients)
+        found: Sequence[int] = genuine(columns, counts, clients, quantity)
         return found
 
     shapes = replace(bench.shapes, agreeing=agreeing)
@@ -190,21 +190,61 @@ def test_every_width_is_looked_at_in_the_shape_and_on_the_path_of_training(make_
 
 
 def test_smaller_micro_batches_wait_until_a_run_runs() -> None:
-    shapes = Shapes(512, lambda columns, counts, clients: counts, patience=2)
+    shapes = Shapes(512, lambda columns, counts, *_: counts, patience=2)
     assert [[group.rows for group in shapes.cut(np.full(3, 8), 512)] for _ in range(4)] == [[64], [64], [16], [16]]
 
 
 def test_what_was_found_out_is_not_asked_again() -> None:
-    asked = []
+    asked: list[tuple[int, int, str]] = []
 
-    def agreeing(columns: int, counts: Sequence[int], clients: int) -> Sequence[int]:
-        asked.append((columns, clients))
+    def agreeing(columns: int, counts: Sequence[int], clients: int, quantity: Quantity) -> Sequence[int]:
+        asked.append((columns, clients, quantity))
         return counts
 
     shapes = Shapes(256, agreeing)
     for clients in (1, 2, 5, 1, 2):
         list(shapes.cut(np.array([3, 3, 12]), 512, clients=clients))
-    assert asked == [(16, 1), (8, 1), (16, 2), (8, 2)]
+    expected = [(16, 1), (8, 1), (16, 2), (8, 2)]
+    assert asked == [(*one, "gradients") for one in expected], "once for many clients and once for a lone one"
+    asked.clear()
+    for _ in range(2):
+        list(shapes.cut_full(np.array([3, 3]), 512, "logits"))
+        list(shapes.cut_full(np.array([3, 3]), 512, "embeddings"))
+    assert asked == [(8, 1, "logits"), (8, 1, "embeddings")], "other kernels, another question"
+
+
+class LeakyForward(Gossip):
+    """Gradients are each record's own; logits are not."""
+
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
+        return [batch["input_ids"].float()[:, :3]]
+
+    def logits(self, theta: Tensor, batch: Any) -> Tensor:
+        assert theta.shape == (3,), "one flat vector, as an evaluation has it"
+        ids = batch["input_ids"].float()
+        return ids[:, :2] + 1e-6 * ids.sum()
+
+    def embed(self, batch: Any) -> Tensor:
+        assert not torch.is_grad_enabled(), "as in a release: torch may take other kernels for what has no gradient"
+        return torch.nn.functional.normalize(self.logits(torch.zeros(3), batch))
+
+
+def test_logits_and_embeddings_are_looked_at_for_themselves() -> None:
+    backend: Any = LeakyForward()
+    company = replace(company_of(backend), classifier=backend)
+    shapes = Shapes(512, company.agreeing_rows)
+    lengths = np.array([9, 10, 11])
+    assert [group.rows for group in shapes.cut(lengths, 512)] == [32]
+    assert [group.rows for group in shapes.cut_full(lengths, 512, "logits")] == [2, 2, 2]
+    assert [group.rows for group in shapes.cut_full(lengths, 512, "embeddings")] == [2, 2, 2]
+    assert company_of(backend).agreeing_rows(16, (8,), 1, "embeddings") == (), "whose nobody says"
+
+
+def test_what_is_passed_over_once_is_no_step_that_a_run_waits_for() -> None:
+    shapes = Shapes(512, lambda columns, counts, *_: counts, patience=1)
+    for _ in range(3):
+        assert [group.rows for group in shapes.cut_full(np.full(3, 8), 512, "embeddings")] == [64]
+    assert [[group.rows for group in shapes.cut(np.full(3, 8), 512)] for _ in range(2)] == [[64], [16]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -263,8 +303,8 @@ def test_a_long_record_more_changes_nothing_in_what_the_others_add(
     seen: list[dict[int, Tensor]] = []
     genuine = type(bench.backend).gradients
 
-    def spy(backend: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> list[Tensor]:
-        parts: list[Tensor] = genuine(backend, theta, batch, labels, owner)
+    def spy(backend: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
+        parts: list[Tensor] = genuine(backend, theta, batch, labels, owner, turn)
         for row, ids in enumerate(batch["input_ids"]):
             seen[-1][hash(tuple(ids[batch["attention_mask"][row].bool()].tolist()))] = torch.cat(
                 [p[row] for p in parts]

@@ -68,7 +68,7 @@ def bowl_backend(table_backend: Any) -> Any:
             self.curvature = torch.linspace(0.2, 1.5, table.shape[1])
             self.points: list[Tensor] = []
 
-        def gradients(self, theta: Tensor, batch: Any, labels: Any, owner: Tensor) -> list[Tensor]:
+        def gradients(self, theta: Tensor, batch: Any, labels: Any, owner: Tensor, turn: Any = None) -> list[Tensor]:
             self.points.append(theta.clone())
             records = batch["input_ids"][:, 0]
             gradients = self.curvature * (theta[owner] - self.table[records])

@@ -186,7 +186,7 @@ def test_optimizer_state_stays_at_its_site_where_asked(make_federation: Any, kee
         federation.exchange(federation.instruction(entry), EVERYONE)
     for site in federation.sites:
         if keep:
-            assert site.optimizer_state["step"] == 4
+            assert site.optimizer_state["B/step"] == 4
         else:
             assert site.optimizer_state is None
 

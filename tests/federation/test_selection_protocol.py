@@ -112,7 +112,7 @@ def test_a_site_in_a_new_process_for_every_message_keeps_the_choice_and_drops_th
     rounds = sum(instruction.phase == FINETUNE for instruction, _ in recording.rounds)
     for site in rebuilt.sites:
         assert site.mask == state.chosen
-        assert site.optimizer_state["step"] == rounds, "the steps of the warm-up are forgotten"
+        assert site.optimizer_state["B/step"] == rounds, "the steps of the warm-up are forgotten"
 
 
 @pytest.mark.parametrize("select", ["alignment", "bilevel"])
@@ -125,7 +125,7 @@ def test_the_optimiser_starts_anew_with_other_modules(make_federation: Any, sele
     for site in newcomer.sites:
         site.schedule = tuple(entry for entry in site.schedule if entry.phase == FINETUNE)
     assert same(newcomer.exchange(instruction, EVERYONE), updates)
-    assert {site.optimizer_state["step"].item() for site in newcomer.sites} == {1}
+    assert {site.optimizer_state["B/step"].item() for site in newcomer.sites} == {1}
 
 
 # ---------------------------------------------------------------------------------------------------------- warm start

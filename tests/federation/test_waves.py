@@ -110,9 +110,9 @@ def test_no_record_can_tell_from_its_shapes_that_others_wait(
     shapes: list[tuple[int, ...]] = []
     genuine = ExpandedBackend.gradients
 
-    def spy(self: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor) -> Any:
+    def spy(self: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> Any:
         shapes.append((*batch["input_ids"].shape, min(len(theta), 2)))
-        return genuine(self, theta, batch, labels, owner)
+        return genuine(self, theta, batch, labels, owner, turn)
 
     together, apart = (make_federation(*FIVE, "engine.token_budget=512") for _ in range(2))
     monkeypatch.setattr(ExpandedBackend, "gradients", spy)

@@ -24,6 +24,7 @@ from server.fused_grid import FusedGrid
 from tests.flower.cohort_run import cohort_run, tensors
 
 UNEQUAL = ("data.partition=dirichlet", "data.dirichlet_alpha=1.0", "data.generated_records=600")
+ROLORA = ("adapter.method=rolora", "model.head=trained", "training.learning_rate=0.5")
 ADAM = ("model.head=trained", "training.optimizer=adam", "training.keep_state=true", "training.learning_rate=0.1")
 
 
@@ -51,8 +52,8 @@ def errors(replies: Iterable[Message]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("options", "strategy"),
-    [((), FedAvg), (UNEQUAL, lambda: FedAvg(weighted_by_key="weight")), (ADAM, FedAvg)],
-    ids=["prototype, equal parts", "unequal parts, equal weights", "trained head, adam kept"],
+    [((), FedAvg), (UNEQUAL, lambda: FedAvg(weighted_by_key="weight")), (ADAM, FedAvg), (ROLORA, FedAvg)],
+    ids=["prototype, equal parts", "unequal parts, equal weights", "trained head, adam kept", "B and A by round"],
 )
 def test_fedavg_ends_with_the_cohorts_adapter_and_facts(
     config: RunConfig, options: tuple[str, ...], strategy: Callable[[], Strategy]
@@ -126,6 +127,14 @@ def test_strategies_of_flowers_run_unchanged(config: RunConfig, strategy: Strate
         assert result.train_metrics_clientapp[3]["epsilon"] == pytest.approx(max(spent.values()))
         assert max(spent.values()) <= config.privacy.epsilon
     assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
+
+
+def test_a_run_without_privacy_says_so_in_its_replies(config: RunConfig) -> None:
+    config = config.with_overrides("privacy.epsilon=inf", "privacy.seeded_noise=false", "model.head=frozen")
+    with FusedGrid.open(config) as grid:
+        replies = list(grid.send_and_receive(train_messages(grid)))
+    assert [reply.content["metrics"]["epsilon"] for reply in replies] == [float("inf")] * 3
+    assert json.loads(replies[0].content["facts"]["json"])["epsilon"] == "inf"
 
 
 def test_more_rounds_than_planned_are_refused_and_change_nothing(config: RunConfig) -> None:
@@ -239,6 +248,7 @@ def test_evaluation_is_on_public_records_and_the_same_for_every_node(config: Run
         ("federation.aggregator=median",),
         ("federation.weights=public_size",),
         ("federation.server_optimizer=adam",),
+        ("federation.wire_dtype=int8",),
         ("federation.private_evaluation=true",),
         ("adapter.select=random",),
         ("adapter.method=fedex",),
