@@ -18,8 +18,9 @@ from fedlora.engine.prefix import PrefixCache
 from fedlora.engine.prototypes import LARGEST_LOGIT, class_sums
 from fedlora.engine.training import OptimizerState, TrainingJob, train
 from fedlora.errors import ProtocolError
-from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update
+from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update, coded_update
 from fedlora.federation.prefixes import with_prefix
+from fedlora.federation.quantisation import wire_dtype
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.waves import in_waves, wave_size
@@ -190,6 +191,10 @@ class Cohort:
             vector=vector,
             facts=site.facts(entry),
         )
+        if (dtype := wire_dtype(self.workbench.config, entry.phase)) != "float32":
+            start = self.workbench.moved_from(instruction.theta, entry, site.client)
+            check_update(update, instruction, layout)  # what is not finite has no code
+            update = coded_update(update, start, layout, dtype, site.secret.numpy("wire", site.client, entry.index))
         check_update(update, instruction, layout)
         return update
 

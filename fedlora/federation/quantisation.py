@@ -4,7 +4,8 @@ What is coded is the move, the noised vector less the theta that the client was 
 what both sides know needs no bits. Each coordinate is rounded to one of its two neighbours on a grid, up with just the
 chance that makes the mean right (stochastic rounding), independent of all others. Codes are functions of a noised
 vector, of public numbers and of fresh coins alone: post-processing, which costs no privacy. That takes all of the
-noise to be in the vector already: parts that are enough noise only in their sum must not be coded.
+noise to be in the vector already, or the receiver to bound and noise what it decodes: parts that are enough noise only
+in their sum must not be coded.
 
 With x a coordinate of the move, s the grid's step at x and f in [0, 1) how far x lies above its lower neighbour, in
 steps, the error has mean 0, expected square s² f (1 - f) <= s² / 4, and is always below s. Here

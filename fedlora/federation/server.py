@@ -19,8 +19,16 @@ from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
 from fedlora.federation.aggregation import aggregate, exact_sum, outlying, told_size
 from fedlora.federation.merging import Merged, merge, padded
-from fedlora.federation.messages import ClientFailure, ClientUpdate, Facts, RoundInstruction, check_update
+from fedlora.federation.messages import (
+    ClientFailure,
+    ClientUpdate,
+    Facts,
+    RoundInstruction,
+    check_update,
+    opened_update,
+)
 from fedlora.federation.module_scores import SearchState
+from fedlora.federation.quantisation import wire_dtype
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.selection import choose_modules, chosen_theta
 from fedlora.federation.server_optimizer import ServerOptimizer
@@ -145,7 +153,7 @@ class Server:
             self._require_enough(entry, len(updates), failures)
         evaluation = self._apply(entry, state, instruction.theta, updates)
         state.facts |= self._facts(entry, state, {update.client: update.facts for update in updates})
-        up = sum(update.vector.nbytes for update in updates)
+        up = sum(update.num_bytes for update in updates)
         down = instruction.num_bytes * len(entry.clients)
         state.bytes_up, state.bytes_down, state.next_round = (
             state.bytes_up + up,
@@ -233,19 +241,27 @@ class Server:
                 failures[reply.client] = reply.code
                 continue
             try:
-                check_update(reply, instruction, self.workbench.sent_layout(entry, reply.client))
+                update = self._opened(reply, instruction, entry)
                 if entry.phase in TRAINING and self.workbench.config.federation.weights == "public_size":
-                    told_size(reply)
+                    told_size(update)
             except ProtocolError as error:
                 logger.warning("%s", error)
                 failures[reply.client] = "protocol"
             else:
-                updates[reply.client] = reply
+                updates[update.client] = update
         if entry.phase in TRAINING:
             for client in self._outlying([*updates.values()], instruction, entry, theta):
                 del updates[client]
                 failures[client] = "outlier"
         return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
+
+    def _opened(self, reply: ClientUpdate, instruction: RoundInstruction, entry: ScheduledRound) -> ClientUpdate:
+        """The reply with its vector, however that travelled, once it has passed the gate."""
+        bench = self.workbench
+        layout, start = bench.sent_layout(entry, reply.client), bench.moved_from(instruction.theta, entry, reply.client)
+        update = opened_update(reply, start, layout, wire_dtype(bench.config, entry.phase))
+        check_update(update, instruction, layout)
+        return update
 
     def _outlying(
         self, updates: Sequence[ClientUpdate], instruction: RoundInstruction, entry: ScheduledRound, theta: Tensor

@@ -116,6 +116,18 @@ class Workbench:
         """Where the numbers of `sent_layout` stand in the flat vector [P] of fine-tuning."""
         return self.layout.positions(self.sent_parts(entry), self._rank(client))
 
+    def moved_from(self, theta: Tensor, entry: ScheduledRound, client: int) -> Tensor:
+        """Where the update of `client` in the round `entry` started, in `sent_layout` and on the CPU.
+
+        Args:
+            theta: as the server sent it.
+            entry: a round of training.
+            client: its number.
+        """
+        if not entry.turns:
+            return theta
+        return self.start(theta.to(self.execution.device), client, None).cpu()[self.sent_positions(entry, client)]
+
     @property
     def shared_parts(self) -> Parts:
         """Of the flat vector: those that the server knows."""
@@ -336,7 +348,7 @@ def _make_backend(
     config: RunConfig, execution: Execution, classifier: Classifier, layout: AdapterLayout, places: Places
 ) -> GradientBackend:
     factors, outer = frozen_parts(
-        config.adapter,
+        config.adapter.subspace,
         PublicSeed.from_int(config.run.seed),
         classifier.target_modules(config.adapter.targets),
         layout,

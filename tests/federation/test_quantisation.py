@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,3 +278,122 @@ def test_only_training_is_coded() -> None:
     assert {wire_dtype(config, phase) for phase in (WARMUP, BILEVEL, FINETUNE)} == {"int8"}
     assert {wire_dtype(config, phase) for phase in (PROTOTYPE, ALIGNMENT, EVALUATION)} == {"float32"}
     assert wire_dtype(RunConfig.from_mapping({}), FINETUNE) == "float32"
+
+
+@dataclass
+class Bytes:
+    """A transport that carries nothing but bytes."""
+
+    federation: Any
+    lies: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What clients put into their answers, by client."""
+
+    def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Any]:
+        asked = wire.decode_instruction(wire.encode_instruction(instruction))
+        answers = [wire.encode_update(update) for update in self.federation.exchange(asked, clients)]
+        found = [wire.decode_update(answer) for answer in answers]
+        return [replace(update, **self.lies.get(update.client, {})) for update in found]
+
+
+def finished(federation: Any, transport: Any = None) -> tuple[Any, list[Any]]:
+    reports: list[Any] = []
+    server = federation.server(transport, lambda report, state: reports.append(report))
+    return server.run(federation.start()), reports
+
+
+METHODS = {
+    "ffa": (),
+    "head": ("model.head=trained",),
+    "turns": ("adapter.method=rolora",),
+    "kept": ("adapter.method=fedsa",),
+    "folded": ("adapter.method=fedex",),
+    "ranks": ("adapter.method=hetlora", 'adapter.ranks="4, 2"'),
+    "searched": ("adapter.select=bilevel", "adapter.warmup_rounds=1", "federation.rounds=4"),
+}
+
+
+@pytest.mark.parametrize("dtype", CODED)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_over_bytes_ends_with_the_bits_of_one_without(make_federation: Any, method: str, dtype: str) -> None:
+    options = (*METHODS[method], f"federation.wire_dtype={dtype}", "training.learning_rate=0.05")
+    here, _ = finished(federation := make_federation(*options))
+    over = make_federation(*options)
+    there, reports = finished(over, Bytes(over))
+    assert torch.equal(here.theta, there.theta)
+    assert here.theta.any()
+    assert here.bytes_up == there.bytes_up
+    if here.folded is not None:
+        assert torch.equal(here.folded, there.folded)
+    for report, entry in zip(reports, federation.workbench.schedule, strict=True):
+        if report.phase == FINETUNE:
+            layouts = [federation.workbench.sent_layout(entry, client) for client in entry.clients]
+            wanted = [slot_bytes(slot, dtype) for layout in layouts for slot in layout.slots]  # type: ignore[arg-type]
+            assert report.bytes_up == sum(wanted)
+            assert not report.failures
+
+
+@pytest.mark.parametrize("dtype", CODED)
+def test_noise_and_batches_are_those_of_a_run_in_float32(make_federation: Any, dtype: WireDtype) -> None:
+    """Of the first round, vectors differ by less than a step of their moves."""
+    whole, coded = make_federation(), make_federation(f"federation.wire_dtype={dtype}")
+    entry, layout = whole.workbench.schedule[0], whole.workbench.layout
+    pairs = [one.exchange(one.instruction(entry), entry.clients) for one in (whole, coded)]
+    for exact, rounded in zip(*pairs, strict=True):
+        assert exact.coded is None
+        start = whole.start().theta
+        move, found = exact.vector.double() - start.double(), rounded.vector.double() - start.double()
+        largest = max(float(layout.view(move, slot).abs().max()) for slot in layout.slots)
+        assert 0 < (found - move).abs().max() < largest / (127 if dtype == "int8" else 128) * 1.001
+
+
+def test_every_client_and_round_has_coins_of_its_own_and_float32_none(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[Any, ...]] = []
+    honest = SecretRoot.numpy
+    monkeypatch.setattr(SecretRoot, "numpy", lambda root, *path: used.append(path) or honest(root, *path))
+    finished(make_federation("federation.wire_dtype=int8", "federation.rounds=2"))
+    assert sorted(path for path in used if path[0] == "wire") == [("wire", *pair) for pair in product(range(3), (0, 1))]
+    others = [path for path in used if path[0] != "wire"]
+    used.clear()
+    finished(make_federation("federation.rounds=2"))
+    assert used == others
+
+
+def test_releases_of_other_phases_travel_as_they_are(make_federation: Any) -> None:
+    federation = make_federation("model.head=prototype", "federation.wire_dtype=int8", "privacy.accountant=rdp")
+    entry = federation.workbench.schedule[0]
+    assert entry.phase == PROTOTYPE
+    updates = federation.exchange(federation.instruction(entry), entry.clients)
+    assert all(update.coded is None and update.vector.dtype == torch.float32 for update in updates)
+    state, reports = finished(make_federation("model.head=prototype", "federation.wire_dtype=int8"))
+    assert reports[0].bytes_up == 3 * 4 * federation.workbench.payload_layout(PROTOTYPE).size
+    assert state.next_round == 4
+
+
+def test_a_client_that_codes_otherwise_is_not_used(make_federation: Any) -> None:
+    federation = make_federation("federation.wire_dtype=int8", "federation.rounds=1")
+    size = federation.workbench.layout.size
+    lies = {
+        0: {"coded": None, "vector": torch.zeros(size)},
+        1: {"coded": Coded(torch.zeros(size, dtype=torch.bfloat16))},
+    }
+    _, reports = finished(federation, Bytes(federation, lies))
+    assert dict(reports[0].failures) == {0: "protocol", 1: "protocol"}
+    assert reports[0].clients_ok == 1
+
+
+@pytest.mark.parametrize("method", ["ffa", "head", "turns", "kept", "ranks"])
+def test_a_move_is_taken_from_what_was_sent_of_the_same_slots_and_ranks(make_federation: Any, method: str) -> None:
+    bench = make_federation(*METHODS[method]).workbench
+    shared = bench.layout.only(bench.shared_parts)
+    theta = torch.arange(float(shared.size))
+    named = {slot.name: slot for slot in shared.slots}
+    for entry in bench.schedule:
+        for client in entry.clients:
+            layout = bench.sent_layout(entry, client)
+            start = bench.moved_from(theta, entry, client)
+            assert start.shape == (layout.size,)
+            for slot in layout.slots:
+                sent = shared.view(theta, named[slot.name])
+                assert torch.equal(layout.view(start, slot), sent[tuple(slice(0, size) for size in slot.shape)])
