@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods import Places, check_places, frozen_factor
+from fedlora.adapters.methods import Places, Subspace, check_places, frozen_parts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ConfigError, ModelError, RunFolderError
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _TOKENS_PER_BATCH = 8192
+_NEGLIGIBLE = 1e-6
+"""Of the largest singular value: what float32 rounds away in any case."""
+
+_Factors = dict[str, tuple[Tensor, Tensor]]
+"""By base name B [d_out, r] and A [r, d_in]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ def export_adapter(
     layout: AdapterLayout,
     places: Places,
     theta: Tensor,
+    folded: Tensor | None = None,
+    subspace: Subspace = "random",
     num_labels: int,
     labels: Sequence[str] = (),
     head: tuple[Tensor, Tensor] | None = None,
@@ -73,6 +80,8 @@ def export_adapter(
         places: paths of the modules that each slot's base name adapts. PEFT knows no sharing: the folder has a copy of
             a shared A and B for each of its modules.
         theta: [P] float32.
+        folded: [F] float32 that the base was given beside its weights; PEFT's adapter then has the rank it takes.
+        subspace: of fed_sb, where the factors that nobody trains come from.
         num_labels: classes, or 1 for regression.
         labels: class names by id; empty for regression or unnamed classes.
         head: weight [C, h] and bias [C] of a prototype head.
@@ -87,8 +96,15 @@ def export_adapter(
     if head is not None:
         classifier.set_head(*head)
     _fill_trained_head(classifier, layout, theta)
-    adapted = _attach(classifier, layout, places, base_name=model.name)
-    _fill_adapter(adapted, _prefix(classifier), seed, layout, places, theta)
+    modules = classifier.target_modules([path for paths in places.values() for path in paths])
+    frozen = frozen_parts(subspace, seed, modules, layout, places)
+    factors = _products(layout, places, theta, *frozen)
+    rank, alpha = layout.rank, layout.alpha
+    if folded is not None:
+        factors = _with_folded(factors, folded, layout.scale)
+        rank = alpha = max(len(inner) for _, inner in factors.values())
+    adapted = _attach(classifier, places, rank=rank, alpha=alpha, base_name=model.name)
+    _fill_adapter(adapted, _prefix(classifier), factors, places)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     if classifier.head is not None:
         from safetensors.torch import save_file
@@ -182,7 +198,38 @@ def load_classifier_from_export(folder: Path | str, *, device: str | torch.devic
     return ReadyClassifier(classifier.to(device), facts.labels, facts.max_length)
 
 
-def _attach(classifier: Classifier, layout: AdapterLayout, places: Places, *, base_name: str) -> PeftModel:
+def _products(
+    layout: AdapterLayout, places: Places, theta: Tensor, inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]
+) -> _Factors:
+    """B and A of each adapter, with what is frozen of them and, of three factors, the core taken into B."""
+    known = {f"{name}/A": factor for name, factor in inner.items()}
+    known |= {f"{name}/B": factor for name, factor in outer.items()}
+    known |= {slot.name: layout.view(theta, slot) for slot in layout.slots}
+    found = {}
+    for name in places:
+        b, core = known[f"{name}/B"], known.get(f"{name}/R")
+        found[name] = (b if core is None else b @ core, known[f"{name}/A"])
+    return found
+
+
+def _with_folded(factors: _Factors, folded: Tensor, scale: float) -> _Factors:
+    """Factors of scale B A plus what was folded into the base, all of one rank: the largest that one of them needs."""
+    sums, start = {}, 0
+    for name, (b, a) in factors.items():
+        rows, columns = len(b), a.shape[1]
+        sums[name] = (
+            folded[start : start + rows * columns].view(rows, columns).double() + scale * b.double() @ a.double()
+        )
+        start += rows * columns
+    divided = {name: torch.linalg.svd(total, full_matrices=False) for name, total in sums.items()}
+    rank = max(max(1, int((s > _NEGLIGIBLE * s[0]).sum())) for _, s, _ in divided.values())
+    return {
+        name: ((u * s.sqrt())[:, :rank].float(), (s.sqrt()[:, None] * vt)[:rank].float())
+        for name, (u, s, vt) in divided.items()
+    }
+
+
+def _attach(classifier: Classifier, places: Places, *, rank: int, alpha: float, base_name: str) -> PeftModel:
     """`classifier.network` with an empty PEFT adapter at every module of `places`."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -194,8 +241,8 @@ def _attach(classifier: Classifier, layout: AdapterLayout, places: Places, *, ba
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if native else TaskType.FEATURE_EXTRACTION,
         base_model_name_or_path=base_name,
-        r=layout.rank,
-        lora_alpha=int(layout.alpha) if float(layout.alpha).is_integer() else layout.alpha,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=0.0,
         target_modules=targets,
         modules_to_save=_modules_to_save(classifier) if native else None,
@@ -223,16 +270,12 @@ def _modules_to_save(classifier: Classifier) -> list[str]:
 
 
 @torch.no_grad()
-def _fill_adapter(
-    adapted: PeftModel, prefix: str, seed: PublicSeed, layout: AdapterLayout, places: Places, theta: Tensor
-) -> None:
-    slots = {slot.name: slot for slot in layout.slots}
+def _fill_adapter(adapted: PeftModel, prefix: str, factors: _Factors, places: Places) -> None:
     for name, paths in places.items():
         for path in paths:
             layer: Any = adapted.base_model.model.get_submodule(prefix + path)
-            factor = layer.lora_A["default"].weight
-            factor.copy_(frozen_factor(seed, name, layout.rank, factor.shape[1]))
-            layer.lora_B["default"].weight.copy_(layout.view(theta, slots[f"{name}/B"]))
+            for linear, factor in zip((layer.lora_B["default"], layer.lora_A["default"]), factors[name], strict=True):
+                linear.weight.copy_(factor)
 
 
 def _fill_trained_head(classifier: Classifier, layout: AdapterLayout, theta: Tensor) -> None:

@@ -205,6 +205,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def personal_folder(self) -> Path:
+        """Adapters of single simulated sites, where a method has them keep a part for themselves."""
+        return self.path / "personal"
+
+    @property
     def curve_file(self) -> Path:
         return self.path / "curve.png"
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from fedlora.experiments.selection_plot import plot_selection
 from fedlora.experiments.slot_noise import slot_facts
 from fedlora.federation.checkpoint import load_checkpoint, save_checkpoint
 from fedlora.federation.cohort import Cohort
-from fedlora.federation.evaluator import Evaluator
+from fedlora.federation.evaluator import Evaluator, personal_theta
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.module_scores import public_texts
 from fedlora.federation.prefixes import prefix_cache
@@ -268,7 +269,7 @@ def _run_rounds(
     server = Server(
         workbench=workbench,
         transport=transport,
-        evaluate=evaluator,
+        evaluate=lambda theta: evaluator.of_sites(theta, sites),
         on_round=on_round,
         before_round=lambda entry: folder.mark_asked(entry.index),
         on_choice=lambda state: save_checkpoint(folder.checkpoint_file, state, sites),
@@ -277,7 +278,7 @@ def _run_rounds(
     seconds = earlier + time.perf_counter() - clock
     oversight = oversight_facts(ledger, state.run_id, sites, own_ledger=folder.ledger_file.is_file())
     resumption = resumption_of(ledger, state.run_id, sites, resumed=resumed)
-    record = _finish(config, folder, workbench, evaluator, state, seconds, oversight, resumption)
+    record = _finish(config, folder, workbench, evaluator, state, sites, seconds, oversight, resumption)
     progress.finish(to_json(record))
 
 
@@ -329,6 +330,7 @@ def _finish(
     workbench: Workbench,
     evaluator: Evaluator,
     state: ServerState,
+    sites: Sequence[Site],
     wall_seconds: float,
     oversight: dict[str, Any],
     resumption: Resumption,
@@ -338,21 +340,26 @@ def _finish(
     Returns:
         The record.
     """
-    export_adapter(
-        folder.adapter_folder,
+    export = partial(
+        export_adapter,
         model=config.model,
         seed=PublicSeed.from_int(config.run.seed),
         layout=workbench.layout,
         places=workbench.places,
-        theta=state.theta,
+        folded=state.folded,
+        subspace=config.adapter.subspace,
         num_labels=workbench.classifier.num_labels,
         labels=TASKS[config.data.task].label_names,
         head=state.head,
         max_length=config.data.max_length,
     )
+    export(folder.adapter_folder, theta=state.theta)
+    if workbench.method.local:
+        for site in sites:
+            export(folder.personal_folder / f"client-{site.client}", theta=personal_theta(workbench, state.theta, site))
     rounds, selection = folder.read_rounds(), state.search.selection
     latest: dict[str, float] = next((line["metrics"] for line in reversed(rounds) if line["phase"] == FINETUNE), {})
-    metrics = latest or evaluator(state.theta)  # evaluated unless rounds were given up
+    metrics = latest or evaluator.of_sites(state.theta, sites)  # evaluated unless rounds were given up
     clients = [state.facts[client] for client in sorted(state.facts)]
     record = make_record(
         config,

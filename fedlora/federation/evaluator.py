@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from fedlora.data.tasks import TASKS
 from fedlora.engine.batching import microbatches
 from fedlora.evaluation import glue_metrics
 from fedlora.federation.shelf import Shelf
+from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
 
 
@@ -34,6 +37,17 @@ class Evaluator:
         }
         self.headline = TASKS[workbench.config.data.task].metric
 
+    def of_sites(self, theta: Tensor, sites: Sequence[Site]) -> dict[str, float]:
+        """Metrics of the global `theta` [P]; where sites keep a part for themselves, the mean over their own models.
+
+        Args:
+            sites: of this process. Where they live elsewhere nobody sees their models, and `theta` alone is measured.
+        """
+        if not (self._workbench.method.local and sites):
+            return self(theta)
+        found = [self(personal_theta(self._workbench, theta, site)) for site in sites]
+        return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
+
     def __call__(self, theta: Tensor) -> dict[str, float]:
         """Metrics of `theta` [P], the headline of the first split first; further splits are prefixed by their name."""
         metrics: dict[str, float] = {}
@@ -52,3 +66,9 @@ class Evaluator:
             chosen = logits[:, 0] if labels.is_floating_point() else logits.argmax(dim=1)
             predictions[group] = chosen.cpu().numpy()
         return predictions
+
+
+def personal_theta(workbench: Workbench, theta: Tensor, site: Site) -> Tensor:
+    """[P] on the CPU: of the global `theta` [P] what all share, and what `site` has kept for itself."""
+    shared = theta[workbench.layout.positions(workbench.shared_parts)]
+    return workbench.start(shared.to(workbench.execution.device), site.client, site.kept).cpu()

@@ -2,6 +2,7 @@
 
 from fedlora.adapters.methods.layout import (
     Places,
+    Subspace,
     build_layout,
     check_places,
     factors_in,
@@ -18,6 +19,7 @@ __all__ = [
     "Method",
     "Parts",
     "Places",
+    "Subspace",
     "Turn",
     "build_layout",
     "check_places",

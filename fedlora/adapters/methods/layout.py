@@ -7,16 +7,17 @@ the base model; `fed_sb` has a third factor, B R A, which starts at zero instead
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.methods.method import METHODS, Parts
 from fedlora.adapters.slots import AdapterLayout
-from fedlora.config import AdapterConfig
 from fedlora.errors import AdapterError
 from fedlora.randomness import PublicSeed
 
+Subspace = Literal["random", "weights"]
 Places = Mapping[str, tuple[str, ...]]
 """Base name of a slot -> paths of the modules it adapts: a module's own path and that path alone, or the name of an
 adapter that several modules share, such as "shared/query/384x384"."""
@@ -38,12 +39,12 @@ def frozen_factors(seed: PublicSeed, modules: Mapping[str, nn.Linear], places: P
 
 
 def frozen_parts(
-    adapter: AdapterConfig, seed: PublicSeed, modules: Mapping[str, nn.Linear], layout: AdapterLayout, places: Places
+    kind: Subspace, seed: PublicSeed, modules: Mapping[str, nn.Linear], layout: AdapterLayout, places: Places
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A and B by base name, each where it is no slot of `layout`.
 
     Args:
-        adapter: names the subspace of fed_sb.
+        kind: of subspace, for fed_sb.
         seed: public.
         modules: linears by path, with the base's own weights.
         layout: of the method.
@@ -51,14 +52,13 @@ def frozen_parts(
     """
     if "R" in layout.parts:
         found = {
-            name: subspace(seed, name, modules[paths[0]].weight, layout.rank, adapter.subspace)
-            for name, paths in places.items()
+            name: subspace(seed, name, modules[paths[0]].weight, layout.rank, kind) for name, paths in places.items()
         }
         return {name: inner for name, (_, inner) in found.items()}, {name: outer for name, (outer, _) in found.items()}
     return ({} if "A" in layout.parts else frozen_factors(seed, modules, places, layout.rank)), {}
 
 
-def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: str) -> tuple[Tensor, Tensor]:
+def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: Subspace) -> tuple[Tensor, Tensor]:
     """The outer factors of `fed_sb`, with orthonormal columns and rows: B [d_out, r] and A [r, d_in], float32.
 
     Fed-SB's own come from gradients of private records, which cost privacy that nobody charges; these cost none.
