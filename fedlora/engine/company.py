@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import Turn
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch, GradientBackend
 from fedlora.engine.batching import Quantity, most_rows
@@ -45,6 +46,7 @@ class Company:
         num_labels: C; 1 for scores.
         device: of the back end.
         projection: of gradients before they are clipped, if there is one.
+        turns: what steps of training take gradients of; None: of everything.
         classifier: whose embeddings are to be private; without it, none are found to agree.
     """
 
@@ -53,6 +55,7 @@ class Company:
     num_labels: int
     device: torch.device
     projection: LowPass | None = None
+    turns: Sequence[Turn | None] = (None,)
     classifier: Classifier | None = None
 
     def check(self, *, token_budget: int, longest: int) -> None:
@@ -130,8 +133,11 @@ class Company:
             return [self.backend.logits(theta[0], batch)]
         if quantity == "embeddings" and self.classifier is not None:
             return [unit_embeddings(self.classifier, batch)]
-        gradients = self.backend.gradients(theta, batch, labels, owner)
-        return gradients if self.projection is None else [self.projection(part) for part in gradients]
+        found = []
+        for turn in self.turns:  # each takes its own kernels
+            gradients = self.backend.gradients(theta, batch, labels, owner, turn)
+            found += gradients if self.projection is None else [self.projection(part) for part in gradients]
+        return found
 
 
 def _agree(found: dict[int, int], wanted: dict[int, int]) -> bool:

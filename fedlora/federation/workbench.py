@@ -307,6 +307,7 @@ def _check_company(
         num_labels=classifier.num_labels,
         device=execution.device,
         projection=LowPass(config.privacy.low_pass) if config.privacy.low_pass < 1 else None,
+        turns=_turns(config),
         classifier=classifier if classifier.pooling != "native" else None,
     )
     longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
@@ -318,6 +319,15 @@ def _check_company(
             return company.agreeing_rows(columns, counts, clients, quantity)
 
     return agreeing
+
+
+def _turns(config: RunConfig) -> Sequence[Turn | None]:
+    """All that steps of the run train; where that is everything, as a search takes it too."""
+    method, head = method_of(config.adapter), config.model.head == "trained"
+    numbers = range(config.federation.rounds)
+    found = dict.fromkeys(turn for number in numbers for turn in method.turns(number, head=head))
+    everything = {*method.factors, "head"} if head else {*method.factors}
+    return [None if {*turn.parts} == everything else turn for turn in found]
 
 
 def _all_agree(_columns: int, counts: Sequence[int], _clients: int, _quantity: Quantity) -> Sequence[int]:

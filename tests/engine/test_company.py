@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import METHODS, Turn
 from fedlora.engine import company
 from fedlora.engine.batching import Quantity, Shapes, fixed_shapes
 from fedlora.engine.company import Company
+from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.sums import clipped_sums
 from fedlora.engine.training import TrainingJob, train
 from fedlora.errors import PrivacyError
@@ -331,3 +333,36 @@ def test_a_long_record_more_changes_nothing_in_what_the_others_add(
     without, with_it = seen
     assert len(with_it) == len(without) + 1
     assert all(torch.equal(gradient, with_it[key]) for key, gradient in without.items())
+
+
+class LeakyInOneTurn(Gossip):
+    """Sound where everything is trained, and where B is: only the kernels of A's gradient mix records."""
+
+    def gradients(self, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> list[Tensor]:
+        ids = batch["input_ids"].float()
+        return [ids[:, :3] + 1e-6 * ids.sum() * (turn is not None and turn.parts == ("A",))]
+
+
+def test_every_turn_of_a_run_is_looked_at() -> None:
+    backend = LeakyInOneTurn()
+    b, a = Turn(("B",), common=("A",)), Turn(("A",), common=("B",))
+    for turns, agree in (((None,), True), ((b,), True), ((b, a), False)):
+        found = replace(company_of(backend), turns=turns).agreeing_rows(16, (8,), 2)
+        assert bool(found) == agree
+
+
+IN_TURN = {"rolora": ("B", "A"), "la_lora": ("B", "A"), "ffa_svd": ("B",)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_looks_at_all_that_its_steps_train(make_bench: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[Any] = set()
+    genuine = ExpandedBackend.gradients
+
+    def spy(self: Any, theta: Tensor, batch: Any, labels: Tensor, owner: Tensor, turn: Any = None) -> Any:
+        seen.add(None if turn is None else turn.parts)
+        return genuine(self, theta, batch, labels, owner, turn)
+
+    monkeypatch.setattr(ExpandedBackend, "gradients", spy)
+    make_bench(f"adapter.method={method}")
+    assert seen == ({(part,) for part in IN_TURN[method]} if method in IN_TURN else {None})
