@@ -198,8 +198,8 @@ class TrainingConfig(Section, section="training"):
     schedule: Literal["constant", "linear"] = setting(
         "linear", "of the learning rate over rounds; linear falls to zero after the last"
     )
-    noise_filter: Literal["none", "doppler", "disk", "james_stein"] = setting(
-        "none", "post-processing of each noised gradient: low-pass over steps | Kalman | shrinkage by slot"
+    noise_filter: Literal["none", "doppler", "disk", "james_stein", "binomial"] = setting(
+        "none", "post-processing of each noised gradient: low-pass over steps | Kalman | shrinkage | smoothing by slot"
     )
     filter_gain: float = setting(0.5, "share of the new gradient in what doppler and disk keep", above=0, at_most=1)
     momentum: float = setting(0.9, "of optimizer = momentum", at_least=0, at_most=1)

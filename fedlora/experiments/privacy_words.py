@@ -119,8 +119,8 @@ The ledger belongs to the site and stays with it: it adds up all runs on its dat
 reads it with its own copy of fedlora; there, charged, released and abandoned rounds stand one by one."""
 
 VECTORS = """\
-One vector of noised numbers (float32) per update, in slots agreed upon before the run. It may leave because every
-number in it is a function of noised sums, public settings and what the server sent."""
+One vector of noised numbers per update, in slots agreed upon before the run: float32, or what `federation.wire_dtype`
+makes of its distance from where the round started. It may leave because every number in it is a function of noised sums, public settings and what the server sent."""
 
 FACTS = """\
 Beside it, facts from a fixed list. None is computed from what records say."""

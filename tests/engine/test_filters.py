@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlora.config import TrainingConfig
 from fedlora.engine.batching import Shapes
-from fedlora.engine.filters import DiskFilter, DopplerFilter, JamesSteinFilter, NoFilter, make_filter
+from fedlora.engine.filters import BinomialFilter, DiskFilter, DopplerFilter, JamesSteinFilter, NoFilter, make_filter
 from fedlora.engine.training import TrainedRow, TrainingJob, train
 from fedlora.privacy.mechanisms.mechanism import make_mechanism
 from fedlora.privacy.noise import HostNoise
@@ -25,7 +25,7 @@ from fedlora.privacy.plan import PhasePlan, make_plan
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import SecretRoot
 
-FILTERS = ["none", "doppler", "disk", "james_stein"]
+FILTERS = ["none", "doppler", "disk", "james_stein", "binomial"]
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw"]
 SIGMA, CLIP, BATCH = 1.7, 0.5, 4
 FALSE_ALARM = 1e-6
@@ -169,6 +169,19 @@ def test_a_low_pass_leaves_the_stated_share_of_a_steps_noise_variance(
     assert has_std(moved, math.sqrt(variance))
     assert not has_std(moved, math.sqrt(0.9 * variance))
     assert not has_std(moved, math.sqrt(1.1 * variance))
+
+
+def test_smoothing_leaves_the_stated_share_of_noise_and_mixes_no_slots() -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 40_000, generator=draw)
+    kept = BinomialFilter((20_000, 20_000)).refine(noise).var().item()
+    assert kept == pytest.approx(70 / 256, rel=0.03)
+    alone = torch.tensor([[0.0] * 6 + [1.0] + [0.0] * 6 + [5.0] * 7 + [1.0, 2.0]])
+    smoothed = BinomialFilter((13, 7, 2)).refine(alone)[0]
+    assert torch.allclose(smoothed[4:9] * 16, torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]))
+    assert torch.equal(smoothed[13:20], torch.full((7,), 5.0)), "what is constant stays, up to a slot's ends"
+    assert torch.equal(smoothed[20:], alone[0, 20:]), "too short to be smoothed"
+    assert smoothed[12] == 0.0, "nothing of the next slot"
 
 
 def test_james_stein_shrinks_a_slot_by_the_share_of_its_energy_that_is_noise(

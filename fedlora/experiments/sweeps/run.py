@@ -98,9 +98,11 @@ class SweepRun:
     def to_do(self) -> list[Cell]:
         """Those of them that are not done. A cell that failed in an earlier process is tried again; a trial is not.
 
-        It counts as tried, and cells may rest on the choice that was made without it.
+        It counts as tried, and cells may rest on the choice that was made without it. One seed after the other: a sweep
+        that is stopped early has something of everything.
         """
-        return [cell for cell in self.known_cells() if not self._is_settled(cell) and cell.digest not in self.tried]
+        left = [cell for cell in self.known_cells() if not self._is_settled(cell) and cell.digest not in self.tried]
+        return sorted(left, key=lambda cell: cell.config.run.seed)
 
     def is_done(self, cell: Cell) -> bool:
         """Whether its run has ended well and says how its settings were chosen, if they were."""
