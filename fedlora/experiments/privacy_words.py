@@ -120,7 +120,8 @@ reads it with its own copy of fedlora; there, charged, released and abandoned ro
 
 VECTORS = """\
 One vector of noised numbers per update, in slots agreed upon before the run: float32, or what `federation.wire_dtype`
-makes of its distance from where the round started. It may leave because every number in it is a function of noised sums, public settings and what the server sent."""
+makes of its distance from where the round started. It may leave because every number in it is
+a function of noised sums, public settings and what the server sent."""
 
 FACTS = """\
 Beside it, facts from a fixed list. None is computed from what records say."""

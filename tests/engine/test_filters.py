@@ -347,4 +347,4 @@ def test_a_broken_client_harms_nobody_else(name: str) -> None:
 
 def test_each_name_makes_its_filter() -> None:
     made = [make_filter(training(name), slot_sizes=(2,), noise_std=[1.0]) for name in FILTERS]
-    assert [type(one) for one in made] == [NoFilter, DopplerFilter, DiskFilter, JamesSteinFilter]
+    assert [type(one) for one in made] == [NoFilter, DopplerFilter, DiskFilter, JamesSteinFilter, BinomialFilter]
