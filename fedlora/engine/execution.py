@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import method_of
 from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
@@ -95,16 +96,20 @@ def choose_execution(config: RunConfig) -> Execution:
 
 
 def _candidates(config: RunConfig, device: torch.device) -> list[_Kernels]:
-    """Who asks for float32 gets it whole; faster products of float32 are tried beside bfloat16, which is as coarse."""
+    """Who asks for float32 gets it whole; faster products of float32 are tried beside bfloat16, which is as coarse.
+
+    A base that is to be added to is float32: bfloat16 would round off what one round has learnt.
+    """
+    free = config.model.dtype == "auto" and not method_of(config.adapter).folds
     attentions: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
     coarse: Precision = "high" if device.type == "cuda" else "medium"
     precisions: list[Precision] = ["highest"]
     if config.engine.matmul_precision != "auto":
         precisions = [config.engine.matmul_precision]
-    elif config.model.dtype == "auto":
+    elif free:
         precisions = ["highest", coarse]
     found = []
-    for dtype in DTYPES if config.model.dtype == "auto" else [config.model.dtype]:
+    for dtype in DTYPES if free else ["float32" if config.model.dtype == "auto" else config.model.dtype]:
         for attention in attentions:
             own = precisions if dtype == "float32" else precisions[:1]
             found += [_Kernels(dtype=dtype, attention=attention, matmul_precision=precision) for precision in own]

@@ -74,6 +74,12 @@ def test_who_asks_for_float32_gets_it_whole(tiny_config: MakeConfig, measured: d
     assert chosen(config)[2] == "highest"
 
 
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_a_base_that_is_added_to_is_float32(tiny_config: MakeConfig, measured: dict[Any, float], method: str) -> None:
+    measured |= {("bfloat16", "eager", "highest", 1024): 99.0, ("float32", "sdpa", "medium", 1024): 99.0}
+    assert chosen(tiny_config(*AUTO, f"adapter.method={method}"))[:3:2] == ("float32", "highest")
+
+
 def test_a_device_that_is_not_there(tiny_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"run\.device = cuda:7 is not available here"):
         choose_execution(tiny_config("run.device='cuda:7'"))
