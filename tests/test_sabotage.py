@@ -421,8 +421,14 @@ LIES = {
     ),
     "each client's part is all of the noise": Lie(
         file="fedlora/privacy/client_level.py",
-        sound="return self.noise_multiplier / math.sqrt(self.cohort_size)",
+        sound="return self.noise_multiplier / math.sqrt(self.cohort_size - 1)",
         planted="return self.noise_multiplier",
+        checks=(_CLIENTS,),
+    ),
+    "a client counts its own part as noise against it": Lie(
+        file="fedlora/privacy/client_level.py",
+        sound="return self.noise_multiplier / math.sqrt(self.cohort_size - 1)",
+        planted="return self.noise_multiplier / math.sqrt(self.cohort_size)",
         checks=(_CLIENTS,),
     ),
     "clients are charged as if they were sampled": Lie(

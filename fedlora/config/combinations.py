@@ -214,6 +214,11 @@ def _check_client_unit(
             "federation.private_evaluation counts single records, and privacy.unit = client protects a client's whole "
             "data; set it to false"
         )
+    if privacy.client_noise == "shared" and federation.cohort_size < 2:
+        raise ConfigError(
+            "privacy.client_noise = shared hides each client's move in the noise of the others, and a round asks one "
+            "client; raise federation.clients or federation.participation, or set privacy.client_noise=server"
+        )
     if privacy.client_noise == "shared" and federation.minimum_clients < federation.cohort_size:
         raise ConfigError(
             "privacy.client_noise = shared: the clients' parts are enough noise only together, but "

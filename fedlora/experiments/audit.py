@@ -98,6 +98,11 @@ def audit(
             f"{trials} trials and {canaries} canaries, wanted at most {MOST_TRIALS} and {MOST_CANARIES}: "
             "more would show next to nothing more"
         )
+    if config.privacy.unit == "client":
+        raise ConfigError(
+            "privacy.unit = client protects a client's whole data, and an audit attacks single records, of which such "
+            "a run promises nothing; set privacy.unit=record, or leave the audit"
+        )
     folder = _free_folder(config, out)
     evidence, releases = _collect(config, level, trials, canaries, progress)
     error = ERROR / (len(evidence) + bool(releases))

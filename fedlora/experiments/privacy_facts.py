@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
+from fedlora.federation.quantisation import slot_bytes, wire_dtype
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
@@ -83,18 +85,15 @@ def _noise_source(config: RunConfig) -> str:
 
 
 def less_noise(config: RunConfig, worst: Mapping[str, Any]) -> dict[str, float] | None:
-    """ε against those who know parts of shared noise: the server all others' parts, another client its own."""
+    """ε against who knows more of shared noise than one part: the server, that of each client alone."""
     if config.privacy.unit == "record" or config.privacy.client_noise == "server":
         return None
     rounds, asked = worst["num_steps"], config.federation.cohort_size
     told = worst.get("effective_noise_multiplier")  # not by a client that never answered
-    left = {"server": 1, "other": max(1, asked - 1)}
     if not told or config.privacy.seeded_noise:
-        return dict.fromkeys(left, math.inf)
-    return {
-        who: _priced((Charge(1.0, told * math.sqrt(parts / asked), rounds),), worst["delta"], worst["accountant"])
-        for who, parts in left.items()
-    }
+        return {"server": math.inf}
+    of_part = Charge(1.0, told / math.sqrt(asked - 1), rounds)
+    return {"server": _priced((of_part,), worst["delta"], worst["accountant"])}
 
 
 def oversight_facts(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *, own_ledger: bool) -> Facts:
@@ -112,10 +111,14 @@ def oversight_facts(ledger: Ledger | None, run_id: str, sites: Sequence[Site], *
 
 
 def _policy(sites: Sequence[Site]) -> Facts | None:
-    """Which policy it was, and its cap. Not its ledger's head: made of fingerprints, it tells of records."""
+    """Which policy it was, and its cap where it has one for the run.
+
+    Not its ledger's head: made of fingerprints, it tells of records.
+    """
     for site in sites:  # one policy for all of them
-        if site.cap is not None:
-            return {"digest": site.policy_digest, "max_epsilon": site.cap.epsilon, "max_delta": site.cap.delta}
+        if site.policy_digest is not None:
+            cap = {} if site.cap is None else {"max_epsilon": site.cap.epsilon, "max_delta": site.cap.delta}
+            return {"digest": site.policy_digest} | cap
     return None
 
 
@@ -236,15 +239,19 @@ def who_answered(schedule: Sequence[ScheduledRound], rounds: Sequence[Mapping[st
 
 def _vectors_out(workbench: Workbench, answered: Mapping[int, set[int]]) -> list[Facts]:
     """Every kind of vector that left a site, slot by slot."""
-    updates: dict[str, int] = {}
+    updates: Counter[tuple[str, AdapterLayout]] = Counter()
     for index, clients in answered.items():
-        phase = workbench.schedule[index].phase
-        updates[phase] = updates.get(phase, 0) + len(clients)
+        entry = workbench.schedule[index]
+        updates.update((entry.phase, workbench.sent_layout(entry, client)) for client in clients)
     found = []
-    for phase, count in updates.items():
-        layout = workbench.payload_layout(phase)
-        slots = [{"name": slot.name, "shape": list(slot.shape), "bytes": 4 * slot.size} for slot in layout.slots]
-        found.append({"phase": phase, "updates": count, "bytes": 4 * layout.size, "slots": slots})
+    for (phase, layout), count in updates.items():
+        dtype = wire_dtype(workbench.config, phase)
+        sizes = [slot_bytes(slot, dtype) for slot in layout.slots]
+        slots = [
+            {"name": slot.name, "shape": list(slot.shape), "bytes": size}
+            for slot, size in zip(layout.slots, sizes, strict=True)
+        ]
+        found.append({"phase": phase, "updates": count, "bytes": sum(sizes), "slots": slots})
     return found
 
 

@@ -87,6 +87,8 @@ def _not_exact(config: RunConfig) -> str:
     training, adapter = config.training, config.adapter
     if math.isinf(config.privacy.epsilon):
         return ""  # no noise, whatever is made of it
+    if config.privacy.unit == "client":
+        return "privacy.unit = client adds noise to moves, not to gradients"
     if config.unsound:
         return "privacy.gredp_noise = real has noise of other strength in every direction"
     if training.optimizer != "sgd":

@@ -111,8 +111,8 @@ _SERVER = Wording(
     always=_ALWAYS,
     noise_source={
         "host": "The server's normal numbers (float64) come from ChaCha20, a cipher, under a key of 256 bits that the "
-        "operating system gave to the server and that never left its memory; a fresh stream for every round. Clients "
-        "draw their batches likewise, and no noise.",
+        "operating system gave to the server for this round alone and that never left its memory. Clients draw their "
+        "batches likewise, and no noise.",
         "seeded": _SEEDED,
     },
     granular=words.GRANULAR,
@@ -123,10 +123,10 @@ _SHARED = Wording(
     promised=_PROMISED,
     spent_alike=_ALIKE,
     against={
-        "server": "less: it sees each move under the client's own part of the noise alone, σ / √n with n clients in a "
-        "round (n is {asked} here): ε = {server}. Nothing hides the parts from it",
-        "one other client": "less: it knows its own part of the noise, which leaves σ √((n - 1) / n): ε = {other}",
-        "other clients that pool what they drew": "less again: c of them leave σ √((n - c) / n), all but one as little "
+        "server": "less: it sees each move under the client's own part of the noise alone, σ / √(n - 1) with n clients "
+        "in a round (n is {asked} here): ε = {server}. Nothing hides the parts from it",
+        "one other client": "{holds}: of the noise it knows its own part, and the others' parts alone are σ",
+        "other clients that pool what they drew": "less: c of them leave σ √((n - c) / (n - 1)), all but one as little "
         "as the server faces",
         "whoever reads the adapter or this folder": _READERS,
         "someone on a client's own machine": _MACHINE,

@@ -20,13 +20,14 @@ from fedlora.engine.training import OptimizerState, TrainingJob, train
 from fedlora.errors import ProtocolError
 from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate, RoundInstruction, check_update, coded_update
 from fedlora.federation.prefixes import with_prefix
+from fedlora.federation.protection import protected_vector
 from fedlora.federation.quantisation import wire_dtype
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.site import Site
 from fedlora.federation.waves import in_waves, wave_size
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.noise import NoiseSource, make_noise_source
+from fedlora.privacy.noise import HostNoise, NoiseSource, make_noise_source
 from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, TRAINING
 from fedlora.randomness import SecretRoot
 
@@ -68,7 +69,7 @@ class Cohort:
         with exhaustion_named(f"phase {instruction.phase} of one client"):
             vectors = compute(entries[0])
         updates = [
-            self._update(site, entry, instruction, vector)
+            self._update(site, entry, instruction, self._protected(site, entry, instruction, vector))
             for site, entry, vector in zip(self.sites, entries, vectors, strict=True)
         ]
         self.ledger.settle(reservations)
@@ -197,6 +198,15 @@ class Cohort:
             update = coded_update(update, start, layout, dtype, site.secret.numpy("wire", site.client, entry.index))
         check_update(update, instruction, layout)
         return update
+
+    def _protected(self, site: Site, entry: ScheduledRound, instruction: RoundInstruction, vector: Tensor) -> Tensor:
+        """What may leave of a site's trained vector where its whole data are protected; else noise is in it already."""
+        how = site.plan[entry.phase].client_level
+        if how is None:
+            return vector
+        start = self.workbench.moved_from(instruction.theta, entry, site.client)
+        noise = HostNoise(site.secret.numpy("client noise", site.client, entry.index))
+        return protected_vector(how, vector, start, noise)
 
     def _train(self, theta: Tensor, entry: ScheduledRound, sites: Sequence[Site]) -> list[Tensor]:
         bench = self.workbench

@@ -1,12 +1,13 @@
 """From what clients send in a round of fine-tuning to the next global state, as the method has it.
 
-All of it is post-processing of noised vectors. An exact method's model is the mean of the clients' models, up to
-rounding: the product B A is linear in what they trained, or what it lacks goes into the base.
+All of it is post-processing of noised vectors or, where clients' whole data are protected, of their noised mean. An
+exact method's model is the mean of the clients' models, up to rounding: the product B A is linear in what they trained,
+or what it lacks goes into the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from fedlora.adapters.methods import frozen_factor
 from fedlora.adapters.methods.products import stacked, truncated
 from fedlora.adapters.slots import AdapterLayout, Slot
-from fedlora.federation.aggregation import aggregate, client_weights
+from fedlora.federation.aggregation import client_weights
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.server_optimizer import ServerOptimizer
 from fedlora.federation.workbench import Workbench
 from fedlora.randomness import PublicSeed
+
+MakeOne = Callable[[Sequence[ClientUpdate], Tensor], Tensor]
+"""One vector [S] of clients' vectors, [S] each, and of what they moved from, [S]."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def merge(
     before: Merged,
     updates: Sequence[ClientUpdate],
     optimizer: ServerOptimizer,
+    make_one: MakeOne,
 ) -> Merged:
     """One state of the clients' vectors.
 
@@ -48,15 +53,18 @@ def merge(
         before: what it started from.
         updates: checked, at least one; each holds what `bench.sent_layout(entry, client)` says.
         optimizer: of the server, which may remember earlier rounds.
+        make_one: `aggregate`, or what protects clients in its place; it gets what the round sends, of full rank.
 
     Raises:
-        ProtocolError, FedloraError: as `aggregate`.
+        FedloraError: as `make_one`.
     """
     method, federation = bench.config.adapter.method, bench.config.federation
     whole = [replace(update, vector=padded(bench, entry, update, torch.zeros(bench.layout.size))) for update in updates]
+    at = bench.sent_positions(entry)
     sent = torch.zeros(bench.layout.size, dtype=torch.bool)
-    sent[bench.sent_positions(entry)] = True
-    reached = aggregate(whole, torch.where(sent, before.theta, 0.0), federation)
+    sent[at] = True
+    reached = torch.zeros(bench.layout.size)
+    reached[at] = make_one([replace(update, vector=update.vector[at]) for update in whole], before.theta[at])
     theta = optimizer.step(before.theta, reached, sent)
     if method == "ffa_svd" and (entry.index + 1) % bench.config.adapter.svd_every == 0:
         return replace(before, theta=_refactored(bench, theta))

@@ -52,5 +52,5 @@ def protected_mean(how: ClientLevel, updates: Sequence[ClientUpdate], start: Ten
         PrivacyError, ProtocolError: as `ClientLevel.mean`.
     """
     begun = start.double()
-    ordered = sorted(updates, key=lambda update: update.client)
+    ordered = sorted(updates, key=lambda update: update.client)  # no bit depends on arrival
     return (begun + how.mean([update.vector.double() - begun for update in ordered], noise)).float()

@@ -1,4 +1,8 @@
-"""The server's side of a run: instruct, collect, average, evaluate. Knows no transport and no private value."""
+"""The server's side of a run: instruct, collect, average, evaluate. Knows no transport and no private value.
+
+But for one: where clients' whole data are protected and the server is trusted to add the noise (privacy.unit = client,
+privacy.client_noise = server), it is sent moves without any.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +23,7 @@ from fedlora.engine.gates import LARGEST_GATE_LOGIT
 from fedlora.engine.prototypes import prototype_head
 from fedlora.errors import FedloraError, ProtocolError
 from fedlora.federation.aggregation import aggregate, exact_sum, outlying, told_size
-from fedlora.federation.merging import Merged, merge, padded
+from fedlora.federation.merging import MakeOne, Merged, merge, padded
 from fedlora.federation.messages import (
     ClientFailure,
     ClientUpdate,
@@ -28,15 +33,19 @@ from fedlora.federation.messages import (
     opened_update,
 )
 from fedlora.federation.module_scores import SearchState
+from fedlora.federation.protection import client_level_of, protected_mean
 from fedlora.federation.quantisation import wire_dtype
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.selection import choose_modules, chosen_theta
 from fedlora.federation.server_optimizer import ServerOptimizer
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.accounting import Charge, epsilon
+from fedlora.privacy.client_level import ClientLevel
 from fedlora.privacy.mechanisms.granular import released_std
+from fedlora.privacy.noise import HostNoise
 from fedlora.privacy.phases import ALIGNMENT, BILEVEL, EVALUATION, FINETUNE, PROTOTYPE, TRAINING, WARMUP
 from fedlora.privacy.plan import evaluation_phases
+from fedlora.randomness import SecretRoot
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +125,11 @@ class Server:
     """Called before anyone is asked to do the round."""
     on_choice: Callable[[ServerState], None] = lambda state: None
     """Called when modules are chosen, before anyone is told: a run has one choice, also if it is stopped now."""
+    client_level: ClientLevel | None = field(init=False)
+    """How clients' whole moves are protected; None where records are, by the sites."""
+
+    def __post_init__(self) -> None:
+        self.client_level = client_level_of(self.workbench.config, self.workbench.schedule)
 
     def run(self, state: ServerState) -> ServerState:
         """All rounds from `state.next_round` on.
@@ -244,12 +258,13 @@ class Server:
                 update = self._opened(reply, instruction, entry)
                 if entry.phase in TRAINING and self.workbench.config.federation.weights == "public_size":
                     told_size(update)
+                _check_told_noise(update, self.client_level)
             except ProtocolError as error:
                 logger.warning("%s", error)
                 failures[reply.client] = "protocol"
             else:
                 updates[update.client] = update
-        if entry.phase in TRAINING:
+        if entry.phase in TRAINING and self.client_level is None:  # else one client's share would depend on another's
             for client in self._outlying([*updates.values()], instruction, entry, theta):
                 del updates[client]
                 failures[client] = "outlier"
@@ -303,9 +318,19 @@ class Server:
     def _merge(self, entry: ScheduledRound, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
         optimizer = ServerOptimizer(self.workbench.config.federation)
         optimizer.restore(state.optimizer_state)
-        merged = merge(self.workbench, entry, Merged(state.theta, state.folded), updates, optimizer)
+        before = Merged(state.theta, state.folded)
+        merged = merge(self.workbench, entry, before, updates, optimizer, self._make_one(entry))
         state.theta, state.folded, state.optimizer_state = merged.theta, merged.folded, optimizer.state()
         self.workbench.folded.add(state.folded)
+
+    def _make_one(self, entry: ScheduledRound) -> MakeOne:
+        config, how = self.workbench.config, self.client_level
+        if how is None:
+            return partial(aggregate, config=config.federation)
+        # A new key for every release, kept nowhere: a round that is done anew has other noise.
+        root = SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os()
+        noise = HostNoise(root.numpy("client-level noise", entry.index))
+        return partial(protected_mean, how, noise=noise)
 
     def _metrics(self, entry: ScheduledRound, state: ServerState) -> Metrics:
         if entry.phase in (EVALUATION, ALIGNMENT, BILEVEL):
@@ -335,13 +360,27 @@ def initial_state(workbench: Workbench, run_id: str) -> ServerState:
     return ServerState(run_id=run_id, theta=workbench.initial_theta.to("cpu", torch.float32))
 
 
+def _check_told_noise(update: ClientUpdate, how: ClientLevel | None) -> None:
+    """What clients say they are charged is what will be printed: never for more noise than is added.
+
+    Raises:
+        ProtocolError: the client counts on more.
+    """
+    if how is not None and not update.facts["effective_noise_multiplier"] <= how.noise_multiplier:
+        raise ProtocolError(
+            f"client {update.client} is charged for more noise than this run adds to the clients' moves; its site runs "
+            "other code or other settings"
+        )
+
+
 def charged(client: int, entry: ScheduledRound, workbench: Workbench, known: Facts | None) -> Facts:
     """Facts of a silent client as if it had done all rounds up to `entry`; the asked ε where it never said its own."""
     config = workbench.config
     done = [past for past in workbench.schedule[: entry.index + 1] if client in past.clients]
     steps: dict[str, int] = {}
     for past in done:
-        steps[past.phase] = steps.get(past.phase, 0) + past.num_steps
+        released = 1 if config.privacy.unit == "client" else past.num_steps
+        steps[past.phase] = steps.get(past.phase, 0) + released
     if known is None or "phases" not in known:
         bound = {"epsilon": config.privacy.epsilon, "delta": config.privacy.delta}
         return {"client": client, "accountant": config.privacy.accountant, "num_steps": steps.get(FINETUNE, 0)} | bound

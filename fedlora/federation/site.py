@@ -41,7 +41,8 @@ class Site:
     heldout: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     """Positions of those it keeps from training for the evaluation. How many they are is private; n counts both."""
     cap: Cap | None = None
-    """The most that all runs on these records may spend; None in a simulation, where the plan is the only limit."""
+    """The most that all runs on these records may spend; None in a simulation, where the plan is the only limit, and
+    where clients are protected, which a policy allows by name and which promises records nothing."""
     policy_digest: str | None = None
     """Of the policy that it obeys, `SitePolicy.digest`."""
     public_size: int | None = None
@@ -108,9 +109,14 @@ class Site:
         return [self._charge(entry.phase, entry.num_steps) for entry in self.schedule]
 
     def _charge(self, phase: str, num_steps: int) -> Charge:
-        """Noise that anyone can repeat protects nothing, whatever the plan says."""
+        """Noise that anyone can repeat protects nothing, whatever the plan says.
+
+        Nor does noise on the sum of clients' moves protect this site's records from the server, which gets the move;
+        an owner's ledger tells of records.
+        """
         charge = self.plan[phase].charge(num_steps)
-        return replace(charge, noise_multiplier=0.0) if self.secret.is_seeded else charge
+        exposed = self.policy_digest is not None and self.plan.unit == "client"
+        return replace(charge, noise_multiplier=0.0) if self.secret.is_seeded or exposed else charge
 
     def admit(self, instruction: RoundInstruction) -> ScheduledRound:
         """Count the round as over and return it; called when it is charged, before anything private is computed.

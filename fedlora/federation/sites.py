@@ -16,6 +16,7 @@ from fedlora.data.holdout import gate_half, held_out
 from fedlora.data.partition import partition
 from fedlora.engine.execution import find_device
 from fedlora.errors import ConfigError, DataError, PolicyRefused
+from fedlora.federation.protection import client_level_of
 from fedlora.federation.schedule import ScheduledRound, planned_steps
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
@@ -126,7 +127,8 @@ def make_site(
     """The site of `client`, simulated where there is no policy.
 
     Raises:
-        DataError: δ is not below 1/n, or the expected batch does not fit the site's size.
+        DataError: δ is not below 1/n, or over the number of clients where those are protected; or the expected batch
+            does not fit the site's size.
         PolicyRefused: the plan is not what the policy allows, or its δ is too large for the data set.
         BudgetRefused: ε cannot be met.
     """
@@ -142,8 +144,11 @@ def make_site(
         declared = None if rules.public_size == "exact" else rules.public_size
         policy.check_size(config.data.task, len(own))
     size = declared or len(own)
+    how = client_level_of(config, schedule)  # of all clients, not of what this one is scheduled for
     try:
-        plan = make_plan(config, num_examples=size, num_steps=planned_steps(mine, client), client=client)
+        plan = make_plan(
+            config, num_examples=size, num_steps=planned_steps(mine, client), client=client, client_level=how
+        )
     except DataError as error:
         if policy is None:
             raise
@@ -161,13 +166,17 @@ def make_site(
         records=own[~kept_back],
         heldout=own[kept_back],
         gate_records=own[for_gates],
-        public_size=None if declared else size,
+        public_size=None if declared or how else size,
         plan=plan,
         schedule=mine,
         secret=SecretRoot.seeded(config.run.seed) if config.privacy.seeded_noise else SecretRoot.from_os(),
-        data_set=DataSet(fingerprint=mark if policy is not None else name, name=name),
+        data_set=DataSet(
+            fingerprint=mark if policy is not None else name,
+            name=name,
+            unit="client" if how and policy is None else "record",  # an owner's ledger tells of its records
+        ),
         fingerprint=mark,
-        cap=policy.cap(config.data.task) if policy is not None else None,
+        cap=policy.cap(config.data.task) if policy is not None and how is None else None,
         policy_digest=policy.digest if policy is not None else None,
     )
 

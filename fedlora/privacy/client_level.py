@@ -11,7 +11,7 @@ Source: McMahan, Ramage, Talwar, Zhang 2018, "Learning Differentially Private Re
 with flat clipping and a fixed denominator; without its sampling of clients, which here is no secret.
 
 Who adds the noise is who is trusted (`ServerNoise`, `SharedNoise`). Either way the server sees single moves with less
-noise than ε speaks of, or none.
+noise than ε speaks of, or none. Any other client is an adversary: what it knows of the noise is not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ClientLevel(ABC):
     clip_norm: float
     """C, L2 bound of a client's whole move."""
     noise_multiplier: float
-    """σ of the noise on the sum, over C; 0 for a run without noise."""
+    """σ of the noise on the sum, over C, that no other client knows; 0 for a run without noise."""
     cohort_size: int
     """How many clients a round asks, whoever answers."""
     steps_per_round: int
@@ -116,12 +116,14 @@ class ServerNoise(ClientLevel):
         return released.double() / self.cohort_size
 
 
+@dataclass(frozen=True, kw_only=True)
 class SharedNoise(ClientLevel):
-    """Each of the n clients asked adds an n-th of the noise's variance to its own clipped move; the server adds none.
+    """Each of the n clients asked adds variance (σC)² / (n - 1) to its own clipped move; the server adds none.
 
-    The sum has all of it only if everybody answers, so that a round fails where one is missing. Who takes parts away
-    that he knows is left with less: c clients that pool what they drew face σ √((n - c) / n) (one alone knows its own
-    part: c = 1), and the server, which sees every part by itself, σ / √n. Nothing hides parts from the server here.
+    So the parts of all but one are the noise that is charged, and each client faces it in the others' sum: its own part
+    it knows. The sum has all of it only if everybody answers, so that a round fails where one is missing. Who knows
+    more parts is left with less: c clients that pool what they drew face σ √((n - c) / (n - 1)), and the server, which
+    sees every part by itself, σ / √(n - 1). Nothing hides parts from the server here.
 
     The server cannot clip, as noise has made parts long; it refuses one longer than honest noise ever is.
 
@@ -129,14 +131,21 @@ class SharedNoise(ClientLevel):
     section 4.2, describes such noise (there beneath encryption, which this is not).
     """
 
+    def __post_init__(self) -> None:
+        if self.cohort_size < 2:
+            raise PrivacyError(
+                f"a round asks {self.cohort_size} client, and privacy.client_noise = shared divides the noise among "
+                "the others; set privacy.client_noise=server"
+            )
+
     @property
     def noise_multiplier_of_part(self) -> float:
         """Of what one client adds: what protects its move from the server."""
-        return self.noise_multiplier / math.sqrt(self.cohort_size)
+        return self.noise_multiplier / math.sqrt(self.cohort_size - 1)
 
     def noise_multiplier_against(self, colluding: int) -> float:
         """What is left for who knows the parts of `colluding` other clients of a round, at most all but one."""
-        return self.noise_multiplier * math.sqrt(max(1, self.cohort_size - colluding) / self.cohort_size)
+        return self.noise_multiplier_of_part * math.sqrt(max(1, self.cohort_size - colluding))
 
     def part(self, move: Tensor, noise: NoiseSource) -> Tensor:
         mechanism = GaussianMechanism(self.noise_multiplier_of_part)

@@ -23,7 +23,7 @@ _UNCOVERED_OF_CLIENTS = (
 _PARTS = {"server": "no noise", "shared": "its part of the noise only"}
 _FROM_WHOM = {
     "server": "from whoever is not the server, which is trusted",
-    "shared": "from whoever sees sums alone, and no client's part of the noise",
+    "shared": "from whoever sees sums alone, and of the noise the part of one other client at most",
 }
 
 

@@ -24,6 +24,12 @@ from fedlora.site.rehearsal import Rehearsal, check_device, largest_run
 
 RESTORE = "restore it from a backup, and find out what happened: what was spent is known nowhere else"
 
+_CLIENT_UNIT = (
+    "allow.units has client: in such a run whole moves leave with no noise of the site's own, or with a part of it; "
+    "records are promised nothing, and max_epsilon does not hold it back",
+    'only for a server that may see them; else units = ["record"]',
+)
+
 
 def check_site(settings: Path) -> Iterator[Finding]:
     """Everything about the site whose policy is at `settings`, one finding after the other."""
@@ -34,6 +40,8 @@ def check_site(settings: Path) -> Iterator[Finding]:
         yield from check_machine()
         return
     yield good("policy", f"{settings}, SHA-256 {policy.digest}")
+    if "client" in policy.allow.units:
+        yield warning("units", *_CLIENT_UNIT)
     for name, data in policy.data.items():
         yield check_records(policy, name, data)
     rehearsal = Rehearsal(policy)

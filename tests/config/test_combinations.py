@@ -57,6 +57,12 @@ def test_shared_noise_needs_everybody_and_exact_sums() -> None:
         RunConfig().with_overrides(*CLIENT, f"federation.wire_dtype={rounded}")
 
 
+@pytest.mark.parametrize("how", ["federation.clients=1", "federation.participation=0.1"])
+def test_shared_noise_needs_others(how: str) -> None:
+    with pytest.raises(ConfigError, match=r"a round asks one client; .* set privacy\.client_noise=server"):
+        RunConfig().with_overrides(*SHARED, how)
+
+
 @pytest.mark.parametrize("setting", ["privacy.client_noise=shared", "privacy.client_clip_norm=0.5"])
 def test_settings_of_protected_clients_are_refused_where_records_are_protected(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"privacy\.unit = record protects single records .* set privacy.unit=client"):

@@ -127,16 +127,19 @@ def test_server_noise_is_sigma_c_on_the_sum_and_clients_add_none() -> None:
     assert not looks_like(noise, 1.1 * SIGMA * C)
 
 
-def test_shared_noise_is_an_nth_of_the_variance_each_and_all_of_it_together() -> None:
+def test_shared_noise_is_all_of_it_in_the_parts_of_all_but_one() -> None:
+    """One client knows its own part: what it faces in the sum of the others is what is charged, and no less."""
     how, own = level(SharedNoise), moves()
     silent = level(SharedNoise, 0.0)
     for client, move in enumerate(own):
-        of_one = how.part(move, secret("client", client)) - silent.part(move, secret())
-        assert looks_like(of_one, SIGMA * C / math.sqrt(ASKED))
-    noise = (round_of(how, own) - round_of(silent, own)) * ASKED
-    assert looks_like(noise, SIGMA * C)
-    for wrong in (0.9, 1.1, 1 / math.sqrt(ASKED), math.sqrt(2)):
-        assert not looks_like(noise, wrong * SIGMA * C)
+        of_one = how.part(move, secret("client", 0, client)) - silent.part(move, secret())
+        assert looks_like(of_one, SIGMA * C / math.sqrt(ASKED - 1))
+        noise = (round_of(how, own) - round_of(silent, own)) * ASKED
+        unknown = noise - of_one
+        assert looks_like(unknown, SIGMA * C)
+        for wrong in (0.9, 1.1, 1 / math.sqrt(ASKED), math.sqrt(2)):
+            assert not looks_like(unknown, wrong * SIGMA * C)
+    assert looks_like(noise, SIGMA * C * math.sqrt(ASKED / (ASKED - 1)))
 
 
 @each_kind
@@ -186,7 +189,7 @@ def test_honest_parts_are_never_too_long_and_absurd_ones_are_refused(size: int, 
         parts = [how.part(move, secret(stream, client)) for client, move in enumerate(own)]
         sent = [((10.0 + part).float() - 10.0) for part in parts]  # as vectors travel, beside the largest theta
         how.mean(sent, secret())
-    std = noise_multiplier * C / math.sqrt(ASKED)
+    std = noise_multiplier * C / math.sqrt(ASKED - 1)
     for absurd in (torch.full((size,), 3 * (C + 11 * std)), torch.full((size,), math.nan)):
         with pytest.raises(ProtocolError, match="longer than"):
             how.mean([*parts[1:], absurd], secret())
@@ -195,11 +198,17 @@ def test_honest_parts_are_never_too_long_and_absurd_ones_are_refused(size: int, 
 def test_what_others_know_of_shared_noise_is_taken_away() -> None:
     how = level(SharedNoise)
     assert isinstance(how, SharedNoise)
-    assert how.noise_multiplier_of_part == pytest.approx(SIGMA / math.sqrt(ASKED), rel=1e-12)
-    assert how.noise_multiplier_against(0) == SIGMA
-    assert how.noise_multiplier_against(1) == pytest.approx(SIGMA * math.sqrt(6 / 7), rel=1e-12)
+    assert how.noise_multiplier_of_part == pytest.approx(SIGMA / math.sqrt(ASKED - 1), rel=1e-12)
+    assert how.noise_multiplier_against(0) == pytest.approx(SIGMA * math.sqrt(7 / 6), rel=1e-12)
+    assert how.noise_multiplier_against(1) == pytest.approx(SIGMA, rel=1e-12)
+    assert how.noise_multiplier_against(2) == pytest.approx(SIGMA * math.sqrt(5 / 6), rel=1e-12)
     assert how.noise_multiplier_against(6) == pytest.approx(how.noise_multiplier_of_part, rel=1e-12)
     assert how.noise_multiplier_against(100) == how.noise_multiplier_against(6), "its own part is always there"
+
+
+def test_one_client_alone_has_nobody_to_share_with() -> None:
+    with pytest.raises(PrivacyError, match=r"asks 1 client.*set privacy\.client_noise=server"):
+        SharedNoise(clip_norm=C, noise_multiplier=SIGMA, cohort_size=1, steps_per_round=STEPS)
 
 
 # -------------------------------------------------------------------------------------------------------- accounting

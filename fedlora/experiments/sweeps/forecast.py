@@ -14,6 +14,7 @@ from fedlora.experiments.sweeps.duration import PROCESS_SECONDS, Workload, run_s
 from fedlora.experiments.sweeps.speed import Speed, one_thread, speed_of
 from fedlora.experiments.sweeps.sweep import Cell
 from fedlora.experiments.terminal import one_line, shown_epsilon, shown_seconds
+from fedlora.federation.protection import client_level_of
 from fedlora.federation.schedule import make_schedule, planned_steps
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.sites import load_simulated_data
@@ -78,7 +79,7 @@ class _Forecaster:
             sizes = self._sizes(cell.config)
             known["records"] = sum(sizes)
             plans = _plans(cell.config, sizes)
-            noise = [plan[FINETUNE].mechanism.effective_noise_multiplier for plan in plans]
+            noise = [plan[FINETUNE].charge().noise_multiplier for plan in plans]
             known |= {
                 "noise_multiplier": (min(noise), max(noise)),
                 "epsilon": max(plan.epsilon() for plan in plans),
@@ -123,8 +124,9 @@ class _Forecaster:
 def _plans(config: RunConfig, sizes: Sequence[int]) -> list[PrivacyPlan]:
     """One a site, straight from its size: a site itself would fingerprint its records, which σ does not need."""
     schedule = make_schedule(config)
+    how = client_level_of(config, schedule)
     return [
-        make_plan(config, num_examples=size, num_steps=planned_steps(schedule, client), client=client)
+        make_plan(config, num_examples=size, num_steps=planned_steps(schedule, client), client=client, client_level=how)
         for client, size in enumerate(sizes)
     ]
 

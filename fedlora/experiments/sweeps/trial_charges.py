@@ -70,6 +70,7 @@ class Unrecorded:
         """
         if self.config is None:
             raise UnknownCharge("a trial failed, and nothing tells what it was to do")
+        _check_unit(self.config.privacy.unit)
         deal = deal_of(self.config.to_mapping())
         planned = _planned(self.config, deal, trials)
         rounds = [] if self.folder is None else _ledger(self.folder)
@@ -89,8 +90,9 @@ def recorded(record: Record) -> Run:
     """By site and phase. A round that was done anew after a stop may have been one of any phase: each is charged.
 
     Raises:
-        UnknownCharge: a site was never heard of, or the record is of an old kind.
+        UnknownCharge: a site was never heard of, the record is of an old kind, or no record was protected.
     """
+    _check_unit(record["config"]["privacy"].get("unit", "record"))
     try:
         again = {site["client"]: site["rounds_charged"] - site["rounds_asked"] for site in record["privacy"]["sites"]}
         most = record["config"]["federation"]["local_steps"]
@@ -100,6 +102,12 @@ def recorded(record: Record) -> Run:
         }
     except KeyError as missing:
         raise UnknownCharge(f"a record does not tell {missing} of every site") from missing
+
+
+def _check_unit(unit: str) -> None:
+    """Raise UnknownCharge unless records are protected: charges of other units cannot be added to theirs."""
+    if unit != "record":
+        raise UnknownCharge(f"a run with privacy.unit = {unit} is among them, which promises single records nothing")
 
 
 def dearest(sites: Iterable[Phases]) -> Phases:

@@ -25,6 +25,8 @@ they were planned (`trial_charges`): that there was nothing more to run may have
 choose them as well, as with the batch size, the privacy parameters themselves depend on what was released, and adding
 up what they came to be proves nothing (Rogers et al., "Privacy odometers and filters", NeurIPS 2016). Then no finite
 number is given.
+
+Nor where clients' whole data are protected (privacy.unit = client): all of this is about a record at one site.
 """
 
 from __future__ import annotations
