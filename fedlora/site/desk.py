@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
-from fedlora.errors import LedgerBroken, LedgerUnavailable, PolicyRefused, ProtocolError
+from fedlora.errors import FedloraError, LedgerBroken, LedgerUnavailable, PolicyRefused, ProtocolError
 from fedlora.federation import memory, wire
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.failures import failure_code, log_failure
-from fedlora.federation.messages import RoundInstruction
+from fedlora.federation.messages import ClientUpdate, RoundInstruction
 from fedlora.federation.prefixes import prefix_cache
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.shelf import Shelf
@@ -33,6 +33,7 @@ from fedlora.privacy.policy import SitePolicy
 from fedlora.provenance import code_digest, versions
 from fedlora.site.answers import Answers, KeptAnswer
 from fedlora.site.health import health
+from fedlora.site.personal import export_personal
 from fedlora.site.protocol import Answer, Request
 
 LONGEST_LINE = 8
@@ -196,8 +197,19 @@ class Desk:
         finally:
             if seat.site.next_round != before:  # admitted, so it is spent, whatever came of it
                 self._keep(data_set, instruction, asked, update, seat.site)
+        self._export(seat, instruction, made)
         log.info("answered", extra=_public(instruction))  # not how long it took: a batch's size is private and shows
         return Answer(update=update)
+
+    def _export(self, seat: _Seat, instruction: RoundInstruction, made: ClientUpdate) -> None:
+        """Leave the site's own model where it has one. The round is answered whatever becomes of that."""
+        try:
+            path = export_personal(self.policy.beside("personal"), seat.cohort, instruction, made)
+        except (FedloraError, OSError) as error:
+            log_failure(log, error)
+        else:
+            if path is not None:
+                log.info("own model exported", extra={**_public(instruction), "folder": str(path)})
 
     def _asked(self, request: Request) -> tuple[RunConfig, SitePolicy]:
         """The run's configuration, and the policy that allows it.

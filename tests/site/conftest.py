@@ -101,8 +101,8 @@ class Asking:
             run_id=run_id or self.run_id,
             round_index=index,
             phase=entry.phase,
-            layout_digest=self.workbench.payload_layout(entry.phase).digest,
-            theta=torch.full((self.workbench.layout.size,), theta),
+            layout_digest=self.workbench.sent_layout(entry).digest,
+            theta=torch.full((self.workbench.global_size(entry.phase),), theta),
             head=head,
         )
         return Request(
