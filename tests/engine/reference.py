@@ -36,26 +36,32 @@ def loop_over_records(
     theta: Tensor,
     dataset: EncodedDataset,
     owner: Tensor,
+    turn: methods.Turn | None = None,
 ) -> list[Tensor]:
-    """One unpadded record at a time, through a model without adapters whose weights are W + alpha/r B A."""
+    """One unpadded record at a time, through a model without adapters whose weights are W + alpha/r B A, or B R A."""
     classifier = untouched_classifier(config, num_labels=1 if dataset.labels.dtype == np.float32 else 2)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     linears = classifier.target_modules([path for paths in places.values() for path in paths])
-    factors = methods.frozen_factors(PublicSeed.from_int(config.run.seed), linears, places, config.adapter.rank)
+    seed = PublicSeed.from_int(config.run.seed)
+    inner, outer = methods.frozen_parts(config.adapter.subspace, seed, linears, layout, places)
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
     scale = config.adapter.alpha / config.adapter.rank
     rows: list[list[Tensor]] = []
     for record in range(len(dataset)):
-        leaves = [layout.view(theta[owner[record]], slot).clone().requires_grad_() for slot in layout.slots]
+        values = {slot.name: layout.view(theta[owner[record]], slot).clone() for slot in layout.slots}
+        trained = [slot.name for slot in layout.slots if turn is None or slot.part in turn.parts]
+        leaves = [values[name].requires_grad_() for name in trained]
         weights: dict[str, Tensor] = {}
-        for slot, leaf in zip(layout.slots, leaves, strict=True):
-            base, _, suffix = slot.name.rpartition("/")
-            if base in heads:
-                weights[names[id(getattr(heads[base], suffix))]] = leaf
-            else:
-                for path in places[base]:
-                    weight = linears[path].weight
-                    weights[names[id(weight)]] = weight + scale * leaf @ factors[base]
+        for base, paths in places.items():
+            core = values.get(f"{base}/R", torch.eye(layout.rank))
+            product = values.get(f"{base}/B", outer.get(base)) @ core @ values.get(f"{base}/A", inner.get(base))
+            for path in paths:
+                weight = linears[path].weight
+                weights[names[id(weight)]] = weight + scale * product
+        for base, module in heads.items():
+            for suffix, parameter in module.named_parameters():
+                if f"{base}/{suffix}" in values:
+                    weights[names[id(parameter)]] = values[f"{base}/{suffix}"]
         batch, labels = dataset.batch(np.array([record]))
         loss = record_losses(functional_call(classifier, weights, (batch,)), labels).sum()
         rows.append([gradient.flatten() for gradient in torch.autograd.grad(loss, leaves)])
