@@ -45,6 +45,7 @@ _SPENDING = "tests/site/test_spending.py"
 _DAEMON = "tests/site/test_daemon.py"
 _COMPANY = "tests/engine/test_company.py"
 _CLIENTS = "tests/privacy/test_client_level.py"
+_CLIENT_RUNS = "tests/federation/test_client_level_runs.py"
 
 LIES = {
     "no noise": Lie(
@@ -436,6 +437,80 @@ LIES = {
         sound="return Charge(1.0, self.noise_multiplier, -(-num_steps",
         planted="return Charge(0.25, self.noise_multiplier, -(-num_steps",
         checks=(_CLIENTS,),
+    ),
+    "the server adds no noise to clients' moves": Lie(
+        file="fedlora/federation/server.py",
+        sound="        if how is None:\n            return partial(aggregate, config=config.federation)",
+        planted="        if how is None or config.privacy.client_noise == 'server':\n"
+        "            return partial(aggregate, config=config.federation)",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "one key for the server's noise in all rounds": Lie(
+        file="fedlora/federation/server.py",
+        sound='HostNoise(root.numpy("client-level noise", entry.index))',
+        planted='HostNoise(SecretRoot.seeded(config.run.seed).numpy("client-level noise"))',
+        checks=(_CLIENT_RUNS,),
+    ),
+    "an outlier among protected clients is dropped": Lie(
+        file="fedlora/federation/server.py",
+        sound="if entry.phase in TRAINING and self.client_level is None:",
+        planted="if entry.phase in TRAINING:",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "noise of clients on the sum of those who answered": Lie(
+        file="fedlora/federation/server.py",
+        sound="        return partial(protected_mean, how, noise=noise)",
+        planted="        return lambda updates, start: protected_mean(\n"
+        "            replace(how, cohort_size=len(updates)), updates, start, noise=noise\n        )",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "clients protect the vector and not the move": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="return protected_vector(how, vector, start, noise)",
+        planted="return protected_vector(how, vector, torch.zeros_like(start), noise)",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "clients send what they trained as it is": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="return protected_vector(how, vector, start, noise)",
+        planted="return vector",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "both sides add noise to clients' moves": Lie(
+        file="fedlora/federation/cohort.py",
+        sound="return protected_vector(how, vector, start, noise)",
+        planted="return protected_vector(how, vector, start, noise) + 0.1 * torch.randn_like(start)",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "protected clients draw the same noise": Lie(
+        file="fedlora/federation/cohort.py",
+        sound='site.secret.numpy("client noise", site.client, entry.index)',
+        planted='site.secret.numpy("client noise", entry.index)',
+        checks=(_CLIENT_RUNS,),
+    ),
+    "each protected client has a sigma of its own": Lie(
+        file="fedlora/federation/sites.py",
+        sound="how = client_level_of(config, schedule)",
+        planted="how = client_level_of(config, mine)",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "a protected client's number of records is told": Lie(
+        file="fedlora/federation/sites.py",
+        sound="public_size=None if declared or how else size,",
+        planted="public_size=None if declared else size,",
+        checks=(_CLIENT_RUNS,),
+    ),
+    "an owner's ledger counts noise that others add": Lie(
+        file="fedlora/federation/site.py",
+        sound="if self.secret.is_seeded or exposed else charge",
+        planted="if self.secret.is_seeded else charge",
+        checks=("tests/federation/test_client_level_policy.py",),
+    ),
+    "a silent client is charged by the step": Lie(
+        file="fedlora/federation/server.py",
+        sound='released = 1 if config.privacy.unit == "client" else past.num_steps',
+        planted="released = past.num_steps",
+        checks=(_CLIENT_RUNS,),
     ),
 }
 

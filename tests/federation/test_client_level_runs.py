@@ -20,13 +20,14 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from fedlora.config import RunConfig
+from fedlora.engine.training import train
 from fedlora.errors import FedloraError, ProtocolError, RunInterrupted
 from fedlora.experiments.audit import audit
 from fedlora.experiments.simulate import CohortTransport, resume, simulate
 from fedlora.experiments.sweeps.forecast import forecast
 from fedlora.experiments.sweeps.sweep import Cell
-from fedlora.federation import cohort
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.federation.protection import protected_vector
 from fedlora.federation.schedule import make_schedule
 from fedlora.federation.server import Reply
 from fedlora.federation.shelf import Shelf
@@ -79,9 +80,8 @@ class Run:
     @property
     def claimed(self) -> float:
         """σ from which every ε of the run is computed."""
-        (told,) = {
-            phase["effective_noise_multiplier"] for facts in self.state.facts.values() for phase in facts["phases"]
-        }
+        phases = [phase for facts in self.state.facts.values() for phase in facts["phases"]]
+        (told,) = {phase["effective_noise_multiplier"] for phase in phases}
         return float(told)
 
 
@@ -103,13 +103,13 @@ def run(federation: Any, change: Change = lambda update, start: [update]) -> Run
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Moves of all clients as they were trained, before anything protects them: [P] float64, in order."""
-    genuine, moves = cohort.protected_vector, []
+    genuine, moves = protected_vector, []
 
     def seen(how: Any, vector: Tensor, start: Tensor, noise: Any) -> Tensor:
         moves.append(vector.double() - start.double())
         return genuine(how, vector, start, noise)
 
-    monkeypatch.setattr(cohort, "protected_vector", seen)
+    monkeypatch.setattr("fedlora.federation.cohort.protected_vector", seen)
     return moves
 
 
@@ -305,14 +305,12 @@ def test_no_clients_code_depends_on_anothers_data(make_federation: Any, scale: f
 def test_an_honest_client_whose_training_breaks_sends_no_move_and_no_sign_of_it(
     make_federation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = cohort.train
-
     def broken(*arguments: Any, **how: Any) -> Any:
-        rows = genuine(*arguments, **how)
+        rows = train(*arguments, **how)
         rows[1].theta[0] = math.nan
         return rows
 
-    monkeypatch.setattr(cohort, "train", broken)
+    monkeypatch.setattr("fedlora.federation.cohort.train", broken)
     found = run(make_federation(*CLIENT))
     assert [report.failures for report in found.reports] == [{}] * ROUNDS
     for (_, sent), start in zip(found.heard, found.starts, strict=True):
@@ -402,12 +400,13 @@ def test_record_and_report_of_a_finished_run_say_whom_it_protects_from_whom(
 def test_a_round_done_anew_is_charged_again_and_has_fresh_noise(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    genuine, stops, sent = CohortTransport.exchange, [1], []
+    genuine, stops = CohortTransport.exchange, [1]
+    sent: list[list[Tensor]] = []
 
     def stopped(self: Any, instruction: Any, clients: Any) -> Any:
         replies = genuine(self, instruction, clients)
         if instruction.round_index == 1:
-            sent.append([update.vector.clone() for update in replies])
+            sent.append([update.vector.clone() for update in replies if isinstance(update, ClientUpdate)])
             if stops:
                 stops.pop()
                 raise KeyboardInterrupt

@@ -12,6 +12,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fedlora.site.checks import (
     check_ledger,
     check_offline,
     check_records,
+    check_site,
     check_tls,
     check_weights,
 )
@@ -479,6 +481,13 @@ def test_secrets_that_repeat_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.check_secrets().mark == "bad"
     monkeypatch.setattr(SecretRoot, "from_os", lambda: SecretRoot(bytes(32)))
     assert machine.check_secrets().mark == "bad"
+
+
+def test_a_policy_that_gives_the_records_guarantee_up_is_told(site_folder: SiteFolder) -> None:
+    assert "units" not in [finding.check for finding in islice(check_site(site_folder.settings), 3)]
+    site_folder.write_policy(("[allow]", '[allow]\nunits = ["record", "client"]'))
+    found = marked(list(islice(check_site(site_folder.settings), 3)), "units")
+    assert (found.mark, "records are promised nothing" in found.found) == ("warning", True)
 
 
 def test_a_policy_that_wants_the_hub_is_told(site_folder: SiteFolder, policy: SitePolicy) -> None:

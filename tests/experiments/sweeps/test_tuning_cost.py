@@ -216,6 +216,19 @@ def test_a_site_that_never_answered_has_no_known_cost() -> None:
     assert cost_with_trials(record((0.02, 0.8, 100)), [silent]).epsilon is None
 
 
+def test_where_clients_are_protected_nothing_can_be_said_of_a_record() -> None:
+    sound, other = record(SITE), record(SITE)
+    other["config"]["privacy"]["unit"] = "client"
+    planned = Unrecorded(config=PLAN.with_overrides("privacy.unit=client", "model.head=frozen"))
+    for own, trials, others in ((other, [], []), (sound, [other], []), (sound, [sound], [planned])):
+        cost = cost_with_trials(own, trials, others)
+        assert cost.epsilon is None
+        assert "privacy.unit = client" in cost.reason
+    old = record(SITE)
+    del old["config"]["privacy"]["unit"]
+    assert cost_with_trials(old, []).epsilon is not None, "records of before there was a choice"
+
+
 def test_many_kinds_of_noise_are_priced_by_a_looser_bound() -> None:
     sites = [(0.02, 0.8 + k / 100, 10) for k in range(30)]
     cost = cost_with_trials(record(sites[0]), [record(site) for site in sites[1:]])
