@@ -7,7 +7,7 @@ un-noised one cannot escape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -109,7 +109,9 @@ def train(
         gradients = torch.stack(
             _private_mean_gradients(backend, dataset, jobs, point, training, shapes, cohort, lesson)
         )
-        for own, gradient in zip(parameters, lesson.filter.refine(gradients), strict=True):
+        for own, job, gradient in zip(parameters, jobs, lesson.filter.refine(gradients), strict=True):
+            if job.active is not None:  # what is zero has no gradient, so this drops noise; filters may have spread it
+                gradient = gradient * lesson.cut(job.active).to(gradient.device)
             for part, span in lesson.spans.items():
                 own[part].grad = gradient[span]
         optimizer.step()
@@ -118,13 +120,14 @@ def train(
     return [
         TrainedRow(
             row.clone(),
-            {
+            _waiting(job.optimizer_state, parts)
+            | {
                 f"{part}/{key}" if part else key: value
                 for part, parameter in own.items()
                 for key, value in optimizer.state[parameter].items()
             },
         )
-        for row, own in zip(rows, parameters, strict=True)
+        for row, own, job in zip(rows, parameters, jobs, strict=True)
     ]
 
 
@@ -201,6 +204,11 @@ def _state_of(part: str, state: OptimizerState | None) -> OptimizerState | None:
     return own or None
 
 
+def _waiting(state: OptimizerState | None, parts: Container[str]) -> OptimizerState:
+    """What of `state` is of parts that are not trained in this call, for those in which they are."""
+    return {} if "" in parts else {k: value for k, value in (state or {}).items() if k.partition("/")[0] not in parts}
+
+
 def _noise_std(phase: PhasePlan, training: TrainingConfig) -> float:
     """Root mean square of the noise over the coordinates of a noised mean gradient: public. A projection drops some."""
     kept = 1.0 if phase.projection is None else phase.projection.share
@@ -224,11 +232,7 @@ def _private_mean_gradients(
     how: dict[str, Any] = {"shapes": shapes, "clients": clients, "expected": clients * training.expected_batch_size}
     totals = clipped_sums(backend, dataset, drawn, rows, phase, width=sum(lesson.slot_sizes), turn=lesson.turn, **how)
     released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], lesson.slot_sizes)
-    for job, gradient in zip(jobs, released, strict=True):
-        gradient.div_(training.expected_batch_size)
-        if job.active is not None:  # what is zero has no gradient, so this drops noise alone
-            gradient.mul_(lesson.cut(job.active).to(gradient.device))
-    return released
+    return [gradient.div_(training.expected_batch_size) for gradient in released]
 
 
 def _copied(state: OptimizerState, device: torch.device) -> OptimizerState:

@@ -43,7 +43,7 @@ def loop_over_records(
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     linears = classifier.target_modules([path for paths in places.values() for path in paths])
     seed = PublicSeed.from_int(config.run.seed)
-    inner, outer = methods.frozen_parts(config.adapter.subspace, seed, linears, layout, places)
+    frozen = dict(zip("AB", methods.frozen_parts(config.adapter.subspace, seed, linears, layout, places), strict=True))
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
     scale = config.adapter.alpha / config.adapter.rank
     rows: list[list[Tensor]] = []
@@ -54,7 +54,8 @@ def loop_over_records(
         weights: dict[str, Tensor] = {}
         for base, paths in places.items():
             core = values.get(f"{base}/R", torch.eye(layout.rank))
-            product = values.get(f"{base}/B", outer.get(base)) @ core @ values.get(f"{base}/A", inner.get(base))
+            factors = [values[f"{base}/{part}"] if part in layout.parts else frozen[part][base] for part in "BA"]
+            product = factors[0] @ core @ factors[1]
             for path in paths:
                 weight = linears[path].weight
                 weights[names[id(weight)]] = weight + scale * product
