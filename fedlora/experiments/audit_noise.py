@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.adapters.slots import Slot
 from fedlora.config import RunConfig
 from fedlora.data.encode import encode
 from fedlora.data.glue import Records
-from fedlora.experiments.audit_training import MOST_ROUNDS, Advance, without_search
+from fedlora.experiments.audit_training import LONE_SERVER, MOST_ROUNDS, Advance, without_search
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.schedule import ScheduledRound, make_schedule
@@ -46,6 +47,9 @@ def noise_config(config: RunConfig, num_rounds: int) -> RunConfig:
         "training.optimizer=sgd",
         "training.weight_decay=0.0",
         "training.noise_filter=none",
+        "adapter.rate_of_a=1.0",
+        "federation.wire_dtype=float32",
+        *LONE_SERVER,
     )
 
 
@@ -81,7 +85,7 @@ def released_noise(config: RunConfig, bench: Workbench, records: Records, advanc
             updates = cohort.run(_instruction(bench, entry))
             if sites[0].plan[entry.phase].mechanism.effective_noise_multiplier > 0:
                 found += [
-                    _standardised(update.vector, site, entry, config, _slot_sizes(bench, entry))
+                    _standardised(update.vector, site, entry, config, bench)
                     for site, update in zip(sites, updates, strict=True)
                 ]
             advance(1)
@@ -93,33 +97,46 @@ def _instruction(bench: Workbench, entry: ScheduledRound) -> RoundInstruction:
         run_id="audit",
         round_index=entry.index,
         phase=entry.phase,
-        layout_digest=bench.payload_layout(entry.phase).digest,
-        theta=torch.zeros(bench.layout.size),
+        layout_digest=bench.sent_layout(entry).digest,
+        theta=torch.zeros(bench.global_size(entry.phase)),
     )
 
 
-def _slot_sizes(bench: Workbench, entry: ScheduledRound) -> list[int]:
-    return [slot.size for slot in bench.payload_layout(entry.phase).slots]
-
-
 def _standardised(
-    vector: Tensor, site: Site, entry: ScheduledRound, config: RunConfig, slot_sizes: list[int]
+    vector: Tensor, site: Site, entry: ScheduledRound, config: RunConfig, bench: Workbench
 ) -> ReleasedNoise:
-    """`vector` [P] float32 in units of the charged standard deviation of a sum of `entry.num_steps` noises.
+    """`vector` [S] float32 in units of the charged standard deviation of a sum of one noise for each step that trains
+    a number.
 
     Every sound mechanism here has the same noise in all directions, so that the charged one is that of each.
     """
     phase = site.plan[entry.phase]
-    std = phase.charge().noise_multiplier * phase.sensitivity * math.sqrt(entry.num_steps)
+    slots = bench.sent_layout(entry).slots
+    std = phase.charge().noise_multiplier * phase.sensitivity
+    steps = np.concatenate([np.full(slot.size, _steps(entry, slot)) for slot in slots])
     divisor = config.training.expected_batch_size if entry.phase == FINETUNE else 1
     return ReleasedNoise(
         phase=entry.phase,
         client=site.client,
         round_index=entry.index,
-        values=vector.double().numpy() * (divisor / std),
-        rank=_rank(phase, slot_sizes),
-        widening=_widening(phase, sum(slot_sizes)),
+        values=vector.double().numpy() * (divisor / std) / np.sqrt(steps),
+        rank=_rank(phase, [slot.size for slot in slots]),
+        widening=_widening(phase, _largest_release(bench, entry)),
     )
+
+
+def _steps(entry: ScheduledRound, slot: Slot) -> int:
+    """How many of the round's noises a slot that is sent has in it."""
+    if not entry.turns:
+        return entry.num_steps
+    turns = (entry.turns[number % len(entry.turns)] for number in range(entry.num_steps))
+    return sum(slot.part in turn.parts for turn in turns)
+
+
+def _largest_release(bench: Workbench, entry: ScheduledRound) -> int:
+    """Numbers in it, also those that a site keeps."""
+    released = bench.payload_layout(entry.phase)
+    return max((released.only(turn.parts).size for turn in entry.turns), default=released.size)
 
 
 def _rank(phase: PhasePlan, slot_sizes: list[int]) -> int:

@@ -2,13 +2,13 @@
 
 The site trains alone: what other sites send reaches it only as the theta it starts a round from. Every canary is in or
 out by its own secret coin (Steinke, Nasr, Jagielski 2023, algorithm 1). The auditor sees what the server sees, theta
-before and after each round, and scores a canary by how much of its own clipped gradient
-the move holds.
+before and after each round, and scores a canary by how much of its own clipped gradient the move holds. Where a method
+has the site keep a factor, the auditor knows that too: it is noised like what is sent, and covered by the same claim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import Turn
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.data.glue import Records
@@ -23,6 +24,7 @@ from fedlora.data.tasks import TASKS
 from fedlora.engine.batching import microbatches
 from fedlora.experiments.simulate import CohortTransport
 from fedlora.federation.messages import ClientUpdate, RoundInstruction
+from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.server import Reply, Server, Transport, initial_state
 from fedlora.federation.site import Site
 from fedlora.federation.sites import TrainingData, encode_training_data, make_site
@@ -49,15 +51,33 @@ def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
         "federation.clients=1",
         "federation.participation=1.0",
         "federation.private_evaluation=false",
+        *LONE_SERVER,
         f"federation.rounds={min(num_rounds, MOST_ROUNDS)}",
     )
 
 
+LONE_SERVER = (
+    "federation.minimum_clients=1",
+    "federation.aggregator=mean",
+    "federation.weights=uniform",
+    "federation.attackers=auto",
+    "federation.norm_bound=auto",
+)
+"""What a server makes of several sites' answers is post-processing, and some of it needs more of them."""
+
+
 def without_search(config: RunConfig) -> RunConfig:
-    """The recipe with all its targets trained; what a search releases is audited at the mechanism level."""
+    """The recipe with all its targets trained, at full rank; what a search releases is audited at the mechanism level.
+
+    A smaller rank drops noise that a site has added, and no more: its release is made of that at full rank.
+    """
     targets = ",".join(config.adapter.targets)
     return config.with_overrides(
-        "adapter.select=none", f"adapter.target_modules={targets}", "adapter.mask=", "adapter.probe_texts="
+        "adapter.select=none",
+        f"adapter.target_modules={targets}",
+        "adapter.mask=",
+        "adapter.probe_texts=",
+        "adapter.ranks=",
     )
 
 
@@ -89,7 +109,7 @@ def audit_training(
     dataset = encode_training_data(bench, data)
     seen = _run(bench, site, dataset, advance)
     auditor = _Auditor(bench=bench, plan=site.plan, dataset=dataset, canaries=np.arange(size, size + canaries))
-    scores = np.sum([auditor.shares(*exchanged) for exchanged in seen], axis=0)
+    scores = np.sum([auditor.shares(move) for move in seen], axis=0)
     shares = _centred(scores, planted.labels[size:])
     return Evidence(
         level="training",
@@ -104,22 +124,37 @@ def audit_training(
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched:
-    """A transport, and all that passed over it: what a server sees."""
+    """A transport, and all that passed over it: what a server sees, and what the site kept before and after."""
 
     transport: Transport
-    seen: list[tuple[RoundInstruction, Reply]]
+    site: Site
+    seen: list[tuple[RoundInstruction, Reply, Tensor | None, Tensor | None]]
 
     def exchange(self, instruction: RoundInstruction, clients: tuple[int, ...]) -> list[Reply]:
+        kept = self.site.kept
         replies = self.transport.exchange(instruction, clients)
-        self.seen.extend((instruction, reply) for reply in replies)
+        self.seen.extend((instruction, reply, kept, self.site.kept) for reply in replies)
         return replies
 
 
-def _run(bench: Workbench, site: Site, dataset: EncodedDataset, advance: Advance) -> list[tuple[Tensor, Tensor, float]]:
-    """Theta before and after every round of fine-tuning, each [P] float32, and its learning rate."""
+@dataclass(frozen=True, kw_only=True)
+class _Move:
+    """What a round of fine-tuning did to theta."""
+
+    entry: ScheduledRound
+    start: Tensor
+    """[P] float32, where the site began."""
+    end: Tensor
+    """[P] float32, where that and its answer, and what it kept, put it."""
+    folded: Tensor | None
+    """[F] float32, what the base had been given by then."""
+
+
+def _run(bench: Workbench, site: Site, dataset: EncodedDataset, advance: Advance) -> list[_Move]:
+    """All rounds; those of fine-tuning, as the server saw them."""
     with closing(Ledger.in_memory()) as ledger:
         transport = CohortTransport(workbench=bench, dataset=dataset, sites=[site], ledger=ledger)
-        watched = _Watched(transport=transport, seen=[])
+        watched = _Watched(transport=transport, site=site, seen=[])
         server = Server(
             workbench=bench,
             transport=watched,
@@ -127,12 +162,23 @@ def _run(bench: Workbench, site: Site, dataset: EncodedDataset, advance: Advance
             on_round=lambda report, state: advance(1),
         )
         server.run(initial_state(bench, "audit"))
-    rates = {entry.index: entry.learning_rate for entry in bench.schedule}
     return [
-        (asked.theta, reply.vector, rates[asked.round_index])
-        for asked, reply in watched.seen
+        _move(bench, asked, reply, kept, keeps)
+        for asked, reply, kept, keeps in watched.seen
         if asked.phase == FINETUNE and isinstance(reply, ClientUpdate)
     ]
+
+
+def _move(
+    bench: Workbench, asked: RoundInstruction, reply: ClientUpdate, kept: Tensor | None, keeps: Tensor | None
+) -> _Move:
+    entry, layout = bench.schedule[asked.round_index], bench.layout
+    start = bench.start(asked.theta.to(bench.execution.device), reply.client, kept)
+    end = start.cpu().clone()
+    end[bench.sent_positions(entry, reply.client)] = reply.vector
+    if keeps is not None:
+        end[layout.positions(bench.method.local)] = keeps
+    return _Move(entry=entry, start=start, end=end.to(start.device), folded=asked.folded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,20 +190,22 @@ class _Auditor:
     dataset: EncodedDataset
     canaries: np.ndarray
 
-    def shares(self, before: Tensor, after: Tensor, learning_rate: float) -> np.ndarray:
+    def shares(self, move: _Move) -> np.ndarray:
         """How much of each canary's clipped gradient one round seems to hold, [attacks, m] float64."""
-        device = self.bench.execution.device
-        # a step goes against the gradient; the rate is divided out, so that all rounds count alike
-        return self._shares(before.to(device), (before - after).to(device) / learning_rate)
+        bench, start, division = self.bench, move.start, self.bench.division(move.entry)
+        # a step goes against the gradient; the rate is divided out, so that all rounds and parts count alike
+        moved = (start - move.end) / move.entry.learning_rate
+        moved[bench.layout.positions(("A",)).to(start.device)] /= division.rate_of_a
+        bench.folded.add(None if move.folded is None else move.folded.to(start.device))
+        return self._shares(self._clipped_gradients(start, division.turns), moved)
 
-    def _shares(self, theta: Tensor, moved: Tensor) -> np.ndarray:
-        """Ridge estimates of how often each canary's clipped gradient is in `moved` [P], [attacks, m] float64.
+    def _shares(self, gradients: Tensor, moved: Tensor) -> np.ndarray:
+        """Ridge estimates of how often each of `gradients` [m, P] is in `moved` [P], [attacks, m] float64.
 
         A plain inner product would drown in what canaries have in common. One penalty fits the claimed noise (its
         variance over that of a canary's count), the other fits none: it sees a run whose noise is missing.
         """
         phase = self.plan[FINETUNE]
-        gradients = self._clipped_gradients(theta)
         gram = (gradients @ gradients.T).double().cpu().numpy()
         along = (gradients @ moved).double().cpu().numpy() * self.bench.config.training.expected_batch_size
         without_noise = _SMALL_PENALTY * phase.sensitivity**2
@@ -165,16 +213,19 @@ class _Auditor:
         penalties = max(noise_variance / phase.sampler.sampling_probability, without_noise), without_noise
         return np.stack([np.linalg.solve(gram + penalty * np.eye(len(gram)), along) for penalty in penalties])
 
-    def _clipped_gradients(self, theta: Tensor) -> Tensor:
-        """Of every canary at `theta` [P], [m, P] float32."""
+    def _clipped_gradients(self, theta: Tensor, turns: Sequence[Turn]) -> Tensor:
+        """Of every canary at `theta` [P], [m, P] float32: what a step of each turn would add, together."""
         bench, clipping = self.bench, self.plan[FINETUNE].clipping
-        rows = torch.empty(len(self.canaries), len(theta), device=theta.device)
+        rows = torch.zeros(len(self.canaries), len(theta), device=theta.device)
         for group in microbatches(self.dataset.lengths[self.canaries], bench.execution.token_budget):
             batch, labels = self.dataset.batch(self.canaries[group], theta.device)
             owner = torch.zeros(len(group), dtype=torch.int64, device=theta.device)
-            whole = torch.cat(bench.backend.gradients(theta[None], batch, labels, owner), dim=1)
-            weights = clipping.weights(whole.double().norm(dim=1))
-            rows[torch.from_numpy(group.copy()).to(theta.device)] = whole * weights[:, None].float()
+            members = torch.from_numpy(group.copy()).to(theta.device)
+            for turn in turns:
+                own = torch.cat(bench.backend.gradients(theta[None], batch, labels, owner, turn), dim=1)
+                weights = clipping.weights(own.double().norm(dim=1))
+                at = bench.layout.positions(turn.parts).to(theta.device)
+                rows[members[:, None], at] += own * weights[:, None].float()
         return rows
 
 

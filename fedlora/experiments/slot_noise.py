@@ -5,8 +5,9 @@ schedule and of facts that clients told. No site's own theta, sum or gradient is
 
 With plain SGD noise enters theta linearly. A round with learning rate η and s local steps, answered by K clients whose
 releases have noise of standard deviation σ_k on each number of a sum, adds to each number of the mean an independent
-normal value of variance s · (η / (K B))² · Σ σ_k², with B the expected batch size. What follows leaves it as it is, so
-the expected squared norm of a slot's noise is the sum of these over rounds, times the slot's numbers.
+normal value of variance s · (η / (K B))² · Σ σ_k², with B the expected batch size and s those of the steps that train
+it. What follows leaves it as it is, so the expected squared norm of a slot's noise is the sum of these over rounds,
+times the slot's numbers.
 
 What noise does by leading gradients elsewhere is not in it: that is part of what was learnt, or failed to be.
 """
@@ -14,6 +15,7 @@ What noise does by leading gradients elsewhere is not in it: that is part of wha
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.config import RunConfig
+from fedlora.config.sections import FederationConfig
 from fedlora.experiments.privacy_facts import who_answered
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.granular import released_std
@@ -36,7 +39,7 @@ class SlotEnergy:
     layer: int | None
     """Of the module it adapts; None for a head's, and for an adapter that modules share."""
     kind: str | None
-    """Type of that module, such as query; None as above."""
+    """Type of that module, such as query; None as above. Both factors of a module have its layer and type."""
     energy: float
     """Squared L2 norm of what training made of it less its initial value."""
     noise_energy: float
@@ -64,13 +67,13 @@ def slot_facts(
         return {"slots": None, "slots_note": f"the energy of noise has no exact expectation: {reason}"}
     variances = _variances(config, workbench, clients, rounds)
     layout, kept = workbench.layout, LowPass(config.privacy.low_pass)
-    modules = {f"{candidate.module}/B": candidate for candidate in workbench.candidates}
+    modules = {candidate.module: candidate for candidate in workbench.candidates}
     warm = {slot.name for slot in workbench.full_layout.slots} if config.adapter.warm_start else set()
     moved = theta.double() - workbench.initial_theta.to("cpu").double()
     slots = []
     for slot in layout.slots:
-        variance = variances[FINETUNE] + (variances[WARMUP] if slot.name in warm else 0.0)
-        module = modules.get(slot.name)
+        variance = variances[FINETUNE][slot.part] + (variances[WARMUP][slot.part] if slot.name in warm else 0.0)
+        module = modules.get(slot.name.rpartition("/")[0])
         energy = SlotEnergy(
             name=slot.name,
             layer=None if module is None else module.layer,
@@ -84,7 +87,7 @@ def slot_facts(
 
 def _not_exact(config: RunConfig) -> str:
     """Why the noise in theta is not a sum of independent normal values of known variance; empty where it is."""
-    training, adapter = config.training, config.adapter
+    training, adapter, federation = config.training, config.adapter, config.federation
     if math.isinf(config.privacy.epsilon):
         return ""  # no noise, whatever is made of it
     if config.privacy.unit == "client":
@@ -99,7 +102,19 @@ def _not_exact(config: RunConfig) -> str:
         return f"training.noise_filter = {training.noise_filter} changes the noise"
     if adapter.select == "bilevel" and adapter.warm_start:
         return "adapter.select = bilevel scales earlier noise by gates that are learnt with it"
+    if adapter.method in _REMADE:
+        return f"adapter.method = {adapter.method} makes other factors of the clients' products"
+    if adapter.ranks:
+        return f"adapter.ranks = {adapter.ranks}: clients of a smaller rank add noise to fewer numbers"
+    plain = FederationConfig()
+    for key in ("aggregator", "weights", "server_optimizer", "wire_dtype"):
+        if (value := getattr(federation, key)) != getattr(plain, key):
+            return f"federation.{key} = {value} makes something else than the plain mean of what sites have noised"
     return ""
+
+
+_REMADE = ("ffa_svd", "flora", "flexlora")
+"""Methods whose server leaves no factor as the mean of the clients' factors."""
 
 
 def _note(config: RunConfig) -> str:
@@ -108,6 +123,10 @@ def _note(config: RunConfig) -> str:
         return (
             "modules were chosen by scores in which the warm-up's noise is; noise_energy is its mean before the choice"
         )
+    if config.adapter.method == "fedex":
+        return "what fedex adds to the base model, products of noise among it, is in no slot"
+    if config.adapter.method == "fedsa":
+        return "what sites keep under fedsa is in no slot"
     return ""
 
 
@@ -116,20 +135,25 @@ def _variances(
     workbench: Workbench,
     clients: Sequence[Mapping[str, Any]],
     rounds: Sequence[Mapping[str, Any]],
-) -> dict[str, float]:
-    """Of the noise on each number of theta that all rounds of a phase have left there, by phase.
+) -> dict[str, defaultdict[str, float]]:
+    """Of the noise on each number of theta that all rounds of a phase have left there, by phase and part of theta.
 
     A low-pass projection keeps this much in each direction of its subspace.
     """
     known = {facts["client"]: facts for facts in clients}
-    variances = {WARMUP: 0.0, FINETUNE: 0.0}
+    variances: dict[str, defaultdict[str, float]] = {WARMUP: defaultdict(float), FINETUNE: defaultdict(float)}
     for index, answered in who_answered(workbench.schedule, rounds).items():
         entry = workbench.schedule[index]
         if entry.phase in variances and answered:
-            size = workbench.payload_layout(entry.phase).size
             share = entry.learning_rate / (len(answered) * config.training.expected_batch_size)
-            stds = [_noise_std(known[client], size) for client in answered]
-            variances[entry.phase] += entry.num_steps * share**2 * math.fsum(std**2 for std in stds)
+            division = workbench.division(entry)
+            for place, turn in enumerate(division.turns):
+                size = workbench.payload_layout(entry.phase).only(turn.parts).size
+                total = math.fsum(_noise_std(known[client], size) ** 2 for client in answered)
+                steps = len(range(place, entry.num_steps, len(division.turns)))
+                for part in set(turn.parts) - set(workbench.method.local):
+                    rate = division.rate_of_a if part == "A" else 1.0
+                    variances[entry.phase][part] += steps * (share * rate) ** 2 * total
     return variances
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlora.adapters.methods import METHODS
 from fedlora.cli import main
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunFolderError
@@ -43,6 +44,10 @@ from fedlora.privacy.sampling import PoissonSampler
 from fedlora.randomness import SecretRoot
 
 BATCH = 8
+TRAINED = {
+    name: {part for number in (0, 1) for turn in method.turns(number, head=False) for part in turn.parts}
+    for name, method in METHODS.items()
+}
 RECIPE = RunConfig.from_mapping(
     {"privacy": {"epsilon": 3.0, "delta": 1e-4, "accountant": "rdp"}, "training": {"expected_batch_size": BATCH}}
 )
@@ -268,6 +273,43 @@ def test_canaries_in_a_run(tiny_config: Callable[..., RunConfig], monkeypatch: p
     assert silent.contradicts, silent.bound
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_canaries_in_a_run_of_every_method(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The auditor knows what each step trains: with noise the claim stands, without the same canaries refute it."""
+    config = small_config(
+        tiny_config(
+            f"adapter.method={method}",
+            "adapter.rank=8",
+            "adapter.target_modules='query,value,key,up,down'",
+            *(["adapter.rate_of_a=0.5"] if "A" in TRAINED[method] else []),
+            *(["adapter.ranks='8,4'"] if method in ("flora", "flexlora", "hetlora") else []),
+            "federation.local_steps=8",
+            "federation.minimum_clients=2",
+            "model.head=trained",
+            "privacy.clip_norm=0.001",
+            "privacy.delta=1e-6",
+            "privacy.epsilon=1",
+            "training.expected_batch_size=20",
+            "training.learning_rate=0.1",
+            hidden_size=64,
+            intermediate_size=128,
+        ),
+        3,
+    )
+    own, bench = load_simulated_data(config).records.subset(np.arange(10)), build_workbench(config)
+
+    def found() -> Finding:
+        secret = SecretRoot.seeded(1)
+        return judge([audit_training(config, bench, own, canaries=120, secret=secret, advance=lambda count: None)])[0]
+
+    assert not found().contradicts
+    monkeypatch.setattr(GaussianMechanism, "privatize", NoNoise.privatize)
+    silent = found()
+    assert silent.contradicts, silent.bound
+
+
 def fresh_noise(config: RunConfig) -> NoiseFinding:
     silent = noise_config(config, 2)
     own = load_simulated_data(config).records
@@ -343,6 +385,11 @@ def test_a_stream_that_starts_again_in_every_step_is_caught(
         ("privacy.mechanism=gredp", "privacy.gredp_noise=complex_half"),
         ("privacy.low_pass=0.3", "training.optimizer=adam", "training.noise_filter=disk"),
         ("federation.participation=0.4", "federation.local_steps=7", "model.head=trained"),
+        *((f"adapter.method={method}", "model.head=trained", "federation.local_steps=3") for method in METHODS),
+        ("adapter.method=hetlora", "adapter.ranks='4,2'", "adapter.rate_of_a=3", "federation.wire_dtype=int8"),
+        ("adapter.method=la_lora", "privacy.low_pass=0.3"),
+        ("federation.aggregator=median", "federation.minimum_clients=3"),
+        ("adapter.method=rolora", "privacy.mechanism=gredp"),
     ],
 )
 def test_noise_of_sound_code_passes(overrides: tuple[str, ...], tiny_config: Callable[..., RunConfig]) -> None:

@@ -85,6 +85,16 @@ CASES: dict[str, tuple[str, ...]] = {
         "adapter.rank=256",
         "federation.rounds=6",
     ),
+    "both factors": ("adapter.method=lora",),
+    "both factors and a head, A twice as fast": ("adapter.method=lora", "adapter.rate_of_a=2", "model.head=trained"),
+    "factors by round": ("adapter.method=rolora", "federation.participation=0.67", "federation.rounds=7"),
+    "factors by step, one of B more": (
+        "adapter.method=la_lora",
+        "federation.local_steps=3",
+        "adapter.rate_of_a=2",
+        "model.head=trained",
+    ),
+    "the rest goes into the base": ("adapter.method=fedex", "model.dtype=float32"),
     "shared adapters start after a warm-up": ("adapter.select=warmup", "adapter.sharing=type", "adapter.rank=256"),
 }
 
@@ -112,8 +122,9 @@ def assert_is_noise(slots: Slots, numbers: int) -> None:
 
 
 def sizes_of(record: dict[str, Any]) -> dict[str, int]:
-    (vectors,) = (vector for vector in record["privacy"]["vectors_out"] if vector["phase"] == "finetune")
-    return {slot["name"]: math.prod(slot["shape"]) for slot in vectors["slots"]}
+    """Of all slots that leave in fine-tuning, in whatever round."""
+    vectors = [vector for vector in record["privacy"]["vectors_out"] if vector["phase"] == "finetune"]
+    return {slot["name"]: math.prod(slot["shape"]) for vector in vectors for slot in vector["slots"]}
 
 
 @pytest.mark.usefixtures("no_signal")
@@ -170,12 +181,37 @@ def test_slots_are_placed_in_the_model(run: Run) -> None:
         (("training.noise_filter=disk",), "training.noise_filter = disk"),
         (("privacy.mechanism=gredp", "privacy.gredp_noise=real", "privacy.allow_unsound=true"), "gredp_noise = real"),
         (("adapter.select=bilevel", "federation.rounds=6"), "adapter.select = bilevel"),
+        (("adapter.method=ffa_svd",), "adapter.method = ffa_svd"),
+        (("adapter.method=flora",), "adapter.method = flora"),
+        (("adapter.method=flexlora",), "adapter.method = flexlora"),
+        (("adapter.method=hetlora", "adapter.ranks='8,4'"), "adapter.ranks = 8,4"),
+        (("federation.aggregator=median",), "federation.aggregator = median"),
+        (("federation.weights=public_size",), "federation.weights = public_size"),
+        (("federation.server_optimizer=adam",), "federation.server_optimizer = adam"),
+        (("federation.wire_dtype=int8",), "federation.wire_dtype = int8"),
     ],
 )
 def test_what_cannot_be_stated_exactly_is_not_stated(run: Run, settings: tuple[str, ...], reason: str) -> None:
     record = run("training.learning_rate=0.02", *settings)
     assert record["slots"] is None
     assert reason in record["slots_note"]
+
+
+@pytest.mark.usefixtures("no_signal")
+def test_what_sites_keep_is_in_no_slot(run: Run) -> None:
+    record = run("adapter.method=fedsa", "adapter.rank=256")
+    slots, sizes = record["slots"], sizes_of(record)
+    assert_is_noise([slot for slot in slots if slot["name"] in sizes], sum(sizes.values()))
+    rest = [slot for slot in slots if slot["name"] not in sizes]
+    assert len(rest) == len(sizes)
+    assert all(slot["energy"] == slot["noise_energy"] == 0 for slot in rest)
+    assert "what sites keep" in record["slots_note"]
+
+
+def test_both_factors_of_a_module_are_placed(run: Run) -> None:
+    placed = {slot["name"]: (slot["layer"], slot["kind"]) for slot in run("adapter.method=lora")["slots"]}
+    assert {name[-2:] for name in placed} == {"/B", "/A"}
+    assert all(placed[f"{name[:-2]}/B"] == at != (None, None) for name, at in placed.items())
 
 
 def test_the_choice_saw_the_noise_of_a_warm_up_that_is_kept(run: Run) -> None:
