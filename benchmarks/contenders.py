@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.engine.execution import DTYPES
@@ -59,7 +59,7 @@ class Base:
     classifier: Classifier
     layout: AdapterLayout
     factors: dict[str, Tensor]
-    places: methods.Places
+    places: layouts.Places
 
     @classmethod
     def load(cls, execution: Execution) -> Base:
@@ -74,8 +74,8 @@ class Base:
         )
         modules = classifier.target_modules(config.adapter.targets)
         places = {path: (path,) for path in modules}
-        layout = methods.build_layout(modules, {}, places=places, rank=config.adapter.rank, alpha=config.adapter.alpha)
-        return cls(classifier, layout, methods.frozen_factors(seed, modules, places, layout.rank), places)
+        layout = layouts.build_layout(modules, {}, places=places, rank=config.adapter.rank, alpha=config.adapter.alpha)
+        return cls(classifier, layout, layouts.frozen_factors(seed, modules, places, layout.rank), places)
 
     @cached_property
     def theta(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.contenders import Base, Execution
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.engine.execution import DTYPES
 from fedlora.models import Classifier
 from fedlora.models.source import ModelSource
@@ -58,5 +58,5 @@ def random_base(shape: str, execution: Execution, device: torch.device) -> Base:
     classifier = Classifier(network, no_tokenizer, source, head_kind="frozen", pooling="native", num_labels=2)
     modules = classifier.target_modules(("query", "value"))
     places = {path: (path,) for path in modules}
-    layout = methods.build_layout(modules, {}, places=places, rank=RANK, alpha=float(RANK))
-    return Base(classifier, layout, methods.frozen_factors(PublicSeed.from_int(0), modules, places, RANK), places)
+    layout = layouts.build_layout(modules, {}, places=places, rank=RANK, alpha=float(RANK))
+    return Base(classifier, layout, layouts.frozen_factors(PublicSeed.from_int(0), modules, places, RANK), places)

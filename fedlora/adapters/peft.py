@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods import Places, Subspace, check_places, frozen_parts
+from fedlora.adapters.methods.layout import Places, Subspace, check_places, frozen_parts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ConfigError, ModelError, RunFolderError

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods import Places, Turn, check_places
+from fedlora.adapters.methods import Turn
+from fedlora.adapters.methods.layout import Places, check_places
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses

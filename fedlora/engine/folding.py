@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods import Places
+from fedlora.adapters.methods.layout import Places
 from fedlora.errors import AdapterError
 
 

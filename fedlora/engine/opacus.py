@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods import Places, Turn, check_places, factors_in
+from fedlora.adapters.methods import Turn
+from fedlora.adapters.methods.layout import Places, check_places, factors_in
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses

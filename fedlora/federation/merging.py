@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods import frozen_factor
+from fedlora.adapters.methods.layout import frozen_factor
 from fedlora.adapters.methods.products import stacked, truncated
 from fedlora.adapters.slots import AdapterLayout, Slot
 from fedlora.federation.aggregation import client_weights

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.dam import Candidate, ModuleMask
-from fedlora.adapters.methods import (
-    Method,
-    Parts,
-    Places,
-    Turn,
-    build_layout,
-    frozen_factors,
-    frozen_parts,
-    method_of,
-)
+from fedlora.adapters.methods import Method, Parts, Turn, method_of
+from fedlora.adapters.methods.layout import Places, build_layout, frozen_factors, frozen_parts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.engine.backend import GradientBackend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.dam import Candidate, ModuleMask
-from fedlora.adapters.methods import Places, build_layout, frozen_factors
+from fedlora.adapters.methods.layout import Places, build_layout, frozen_factors
 from fedlora.adapters.peft import _batches_by_length, export_adapter, load_classifier_from_export
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import ModelConfig

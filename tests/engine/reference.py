@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import Turn
+from fedlora.adapters.methods import layout as layouts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
@@ -32,18 +33,18 @@ def untouched_classifier(config: RunConfig, num_labels: int = 2) -> Classifier:
 def loop_over_records(
     config: RunConfig,
     layout: AdapterLayout,
-    places: methods.Places,
+    places: layouts.Places,
     theta: Tensor,
     dataset: EncodedDataset,
     owner: Tensor,
-    turn: methods.Turn | None = None,
+    turn: Turn | None = None,
 ) -> list[Tensor]:
     """One unpadded record at a time, through a model without adapters whose weights are W + alpha/r B A, or B R A."""
     classifier = untouched_classifier(config, num_labels=1 if dataset.labels.dtype == np.float32 else 2)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     linears = classifier.target_modules([path for paths in places.values() for path in paths])
     seed = PublicSeed.from_int(config.run.seed)
-    frozen = dict(zip("AB", methods.frozen_parts(config.adapter.subspace, seed, linears, layout, places), strict=True))
+    frozen = dict(zip("AB", layouts.frozen_parts(config.adapter.subspace, seed, linears, layout, places), strict=True))
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}
     scale = config.adapter.alpha / config.adapter.rank
     rows: list[list[Tensor]] = []

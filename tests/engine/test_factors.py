@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapters import methods
 from fedlora.adapters.methods import Turn
+from fedlora.adapters.methods import layout as layouts
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.company import Company
 from fedlora.engine.expanded import ExpandedBackend
@@ -138,8 +138,8 @@ def test_modules_that_share_both_factors(tiny_config: Any, random_records: Any, 
     classifier = untouched_classifier(settings)
     modules = classifier.target_modules(["query", "value"])
     places = {"shared/16x16": tuple(modules)}
-    layout = methods.build_layout(modules, {}, places=places, rank=4, alpha=8.0, method="lora")
-    frozen = methods.frozen_parts("random", PublicSeed.from_int(0), modules, layout, places)
+    layout = layouts.build_layout(modules, {}, places=places, rank=4, alpha=8.0, method="lora")
+    frozen = layouts.frozen_parts("random", PublicSeed.from_int(0), modules, layout, places)
     assert frozen == ({}, {})
     backend = {"expanded": ExpandedBackend, "opacus": OpacusBackend}[name](classifier, layout, {}, places)
     dataset: EncodedDataset = random_records(RAGGED)

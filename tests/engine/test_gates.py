@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import record_losses
@@ -53,7 +53,7 @@ def loop_with_gates(
     classifier = untouched_classifier(bench.config)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     linears = classifier.target_modules(bench.config.adapter.targets)
-    factors = methods.frozen_factors(
+    factors = layouts.frozen_factors(
         PublicSeed.from_int(bench.config.run.seed), linears, bench.places, bench.config.adapter.rank
     )
     heads = {f"head:{path}": module for path, module in classifier.head_modules().items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.data.encode import EncodedDataset
 from fedlora.errors import ModelError
 from fedlora.federation.workbench import Workbench
@@ -178,7 +178,7 @@ def test_logits_are_those_of_the_merged_weights(make_bench: Any, random_records:
     for slot in bench.layout.slots:
         path = slot.name.removesuffix("/B")
         linear = classifier.target_modules([path])[path]
-        factor = methods.frozen_factor(PublicSeed.from_int(0), path, 4, linear.in_features)
+        factor = layouts.frozen_factor(PublicSeed.from_int(0), path, 4, linear.in_features)
         linear.weight.data += bench.layout.scale * bench.layout.view(theta, slot) @ factor
     assert torch.allclose(bench.backend.logits(theta, batch), classifier(batch), atol=1e-5)
 

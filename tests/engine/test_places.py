@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters import methods
 from fedlora.adapters.dam import ModuleMask
+from fedlora.adapters.methods import layout as layouts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
@@ -45,7 +45,7 @@ class Plan:
     """What is to be attached to a classifier."""
 
     layout: AdapterLayout
-    places: methods.Places
+    places: layouts.Places
     factors: Mapping[str, Tensor]
 
     def attach(self, name: str, classifier: Classifier) -> GradientBackend:
@@ -62,8 +62,8 @@ def plan(
     mask = ModuleMask(candidates, tuple(pattern[i % len(pattern)] for i in range(len(candidates))))
     places = {path: (path,) for path in mask.modules} | (dict(mask.sharing) if shared else {})
     trained = classifier.head_modules() if heads else {}
-    layout = methods.build_layout(modules, trained, places=places, rank=4, alpha=8.0)
-    return Plan(layout, places, methods.frozen_factors(SEED, modules, places, 4))
+    layout = layouts.build_layout(modules, trained, places=places, rank=4, alpha=8.0)
+    return Plan(layout, places, layouts.frozen_factors(SEED, modules, places, 4))
 
 
 Config = Callable[..., RunConfig]
@@ -136,8 +136,8 @@ def three_alike(config: Config) -> tuple[RunConfig, Plan, Plan]:
     modules = classifier.target_modules(["key"])
     together = {"shared/key/16x16": tuple(modules)}
     apart = {path: (path,) for path in modules}
-    factor = methods.frozen_factors(SEED, modules, together, 4)
-    one, three = (methods.build_layout(modules, {}, places=places, rank=4, alpha=8.0) for places in (together, apart))
+    factor = layouts.frozen_factors(SEED, modules, together, 4)
+    one, three = (layouts.build_layout(modules, {}, places=places, rank=4, alpha=8.0) for places in (together, apart))
     return settings, Plan(one, together, factor), Plan(three, apart, dict.fromkeys(apart, *factor.values()))
 
 

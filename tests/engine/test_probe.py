@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine import probe
@@ -45,7 +45,7 @@ def grams_of_a_loop(bench: Workbench, dataset: EncodedDataset) -> dict[str, np.n
     linears = bench.classifier.target_modules(bench.config.adapter.targets)
     weights = [module.weight.requires_grad_() for module in linears.values()]
     rank, seed = bench.config.adapter.rank, PublicSeed.from_int(bench.config.run.seed)
-    factors = {path: methods.frozen_factor(seed, path, rank, module.in_features) for path, module in linears.items()}
+    factors = {path: layouts.frozen_factor(seed, path, rank, module.in_features) for path, module in linears.items()}
     classes = bench.classifier.num_labels
     gradients: dict[str, list[list[np.ndarray]]] = {path: [] for path in linears}
     for label in range(max(2, classes)):

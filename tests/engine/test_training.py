@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlora.adapters import methods
+from fedlora.adapters.methods import layout as layouts
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import record_losses
@@ -251,7 +251,7 @@ def plain_sgd_step(
     leaf, weights = theta.clone().requires_grad_(), {}
     for slot in bench.layout.slots:
         path = slot.name.removesuffix("/B")
-        factor = methods.frozen_factor(PublicSeed.from_int(0), path, 4, linears[path].in_features)
+        factor = layouts.frozen_factor(PublicSeed.from_int(0), path, 4, linears[path].in_features)
         update = bench.layout.scale * bench.layout.view(leaf, slot) @ factor
         weights[names[id(linears[path].weight)]] = linears[path].weight + update
     batch, labels = dataset.batch(records)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import fedlora
 from fedlora.adapters.dam import Selection
-from fedlora.adapters.methods import frozen_factor
+from fedlora.adapters.methods.layout import frozen_factor
 from fedlora.config import RunConfig
 from fedlora.experiments import simulate as module
 from fedlora.experiments.simulate import simulate
