@@ -45,6 +45,9 @@ _SPENDING = "tests/site/test_spending.py"
 _DAEMON = "tests/site/test_daemon.py"
 _COMPANY = "tests/engine/test_company.py"
 _CLIENTS = "tests/privacy/test_client_level.py"
+_TURNS = "tests/engine/test_turns.py"
+_FACTORS = "tests/engine/test_factors.py"
+_METHODS = "tests/federation/test_methods.py"
 _CLIENT_RUNS = "tests/federation/test_client_level_runs.py"
 
 LIES = {
@@ -146,10 +149,10 @@ LIES = {
     ),
     "an empty batch is skipped": Lie(
         file="fedlora/engine/training.py",
-        sound="    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)\n",
+        sound="    totals = clipped_sums(backend, dataset, drawn, rows, phase, width=",
         planted=(
             "    if not sum(map(len, drawn)):\n        return list(torch.zeros_like(rows))\n"
-            "    totals = clipped_sums(backend, dataset, drawn, rows, phase, **how)\n"
+            "    totals = clipped_sums(backend, dataset, drawn, rows, phase, width="
         ),
         checks=(_TRAINING,),
     ),
@@ -511,6 +514,104 @@ LIES = {
         sound='released = 1 if config.privacy.unit == "client" else past.num_steps',
         planted="released = past.num_steps",
         checks=(_CLIENT_RUNS,),
+    ),
+    "noise fills what a smaller rank does not have": Lie(
+        file="fedlora/engine/training.py",
+        sound="gradient = gradient * lesson.cut(job.active).to(gradient.device)",
+        planted="pass",
+        checks=(_TURNS, f"{_METHODS}::test_a_client_of_a_smaller_rank_has_nothing_beyond_it"),
+    ),
+    "each factor is clipped by itself": Lie(
+        file="fedlora/engine/sums.py",
+        sound="phase.add_clipped(totals, gradients if vectors is None else vectors(gradients, everyone), owners)",
+        planted=(
+            "offset = 0\n"
+            "        for part in gradients if vectors is None else vectors(gradients, everyone):\n"
+            "            phase.add_clipped(totals[:, offset : offset + part.shape[1]], [part], owners)\n"
+            "            offset += part.shape[1]"
+        ),
+        checks=(f"{_TURNS}::test_a_record_is_clipped_over_all_that_the_step_trains",),
+    ),
+    "only the first factor gets noise": Lie(
+        file="fedlora/engine/training.py",
+        sound="    return [gradient.div_(training.expected_batch_size) for gradient in released]\n",
+        planted=(
+            "    released[0][lesson.slot_sizes[0] :] = totals[0, lesson.slot_sizes[0] :].float()\n"
+            "    return [gradient.div_(training.expected_batch_size) for gradient in released]\n"
+        ),
+        checks=(f"{_TURNS}::test_every_coordinate_that_is_trained_gets_all_of_the_noise_and_no_other_any",),
+    ),
+    "all factors train in every step": Lie(
+        file="fedlora/adapters/methods/method.py",
+        sound='trains=lambda number: (("A" if number % 2 else "B",),)',
+        planted='trains=_always("B", "A")',
+        checks=(f"{_METHODS}::test_what_is_declared_leaves_and_nothing_else",),
+    ),
+    "the gradient is of all factors, whatever trains": Lie(
+        file="fedlora/engine/expanded.py",
+        sound="if turn is None or slot.part in turn.parts:",
+        planted="if True:",
+        checks=(_FACTORS, _TURNS),
+    ),
+    "Opacus takes all factors, whatever trains": Lie(
+        file="fedlora/engine/opacus.py",
+        sound="            if turn is None or slot.part in turn.parts\n",
+        planted="",
+        checks=(f"{_FACTORS}::test_opacus_equals_the_loop",),
+    ),
+    "every client has the first one's factor, though it trains its own": Lie(
+        file="fedlora/engine/expanded.py",
+        sound="rows[:1] if turn and slot.part in turn.common else rows",
+        planted="rows[:1] if turn else rows",
+        checks=(f"{_FACTORS}::test_expanded_equals_a_loop_over_single_records",),
+    ),
+    "a factor that waits moves all the same": Lie(
+        file="fedlora/engine/training.py",
+        sound="        optimizer.zero_grad()\n",
+        planted="",
+        checks=(f"{_TURNS}::test_what_a_step_does_not_train_does_not_move",),
+    ),
+    "fedex adds what it should take away": Lie(
+        file="fedlora/federation/merging.py",
+        sound="        mean -= layout.view(theta, b)",
+        planted="        mean += layout.view(theta, b)",
+        checks=(f"{_METHODS}::test_an_exact_methods_model_is_the_mean_of_the_clients_models",),
+    ),
+    "flora forgets a client": Lie(
+        file="fedlora/adapters/methods/products.py",
+        sound="    return torch.cat(weighted, dim=1), torch.cat([inner.double() for inner in inners])\n",
+        planted=(
+            "    weighted[-1] = weighted[-1] * 0\n"
+            "    return torch.cat(weighted, dim=1), torch.cat([inner.double() for inner in inners])\n"
+        ),
+        checks=("tests/adapters/test_products.py", f"{_METHODS}::test_every_clients_records_decide_the_result"),
+    ),
+    "a new basis changes the model": Lie(
+        file="fedlora/adapters/methods/products.py",
+        sound='weights = values[:kept] if split == "orthonormal" else values[:kept].sqrt()',
+        planted="weights = values[:kept].sqrt()",
+        checks=(
+            "tests/adapters/test_products.py",
+            f"{_METHODS}::test_an_exact_methods_model_is_the_mean_of_the_clients_models",
+        ),
+    ),
+    "what a site should keep is sent": Lie(
+        file="fedlora/adapters/methods/method.py",
+        sound='local=("B", "head"), exact=False',
+        planted='local=("head",), exact=False',
+        checks=(f"{_METHODS}::test_what_is_declared_leaves_and_nothing_else",),
+    ),
+    "what was added to the base stays after the run": Lie(
+        file="fedlora/federation/workbench.py",
+        sound="        self.folded.undo()\n",
+        planted="",
+        checks=(f"{_METHODS}::test_the_base_is_given_back_as_it_was",),
+    ),
+    "an audit looks for what the step did not train": Lie(
+        file="fedlora/experiments/audit_training.py",
+        sound="bench.backend.gradients(theta[None], batch, labels, owner, turn)",
+        planted="bench.backend.gradients(theta[None], batch, labels, owner)",
+        checks=("tests/experiments/test_audit.py::test_canaries_in_a_run_of_every_method",),
     ),
 }
 
