@@ -160,3 +160,16 @@ def test_a_turn_is_a_part_of_the_whole_gradient(make_bench: Any, random_records:
         part for part, slot in zip(whole, bench.layout.slots, strict=True) if turn is None or slot.part in turn.parts
     ]
     assert_same(bench.backend.gradients(theta, batch, labels, OWNER, turn), kept)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.parametrize("case", ["A and B", "A, one B for all", "R, random"])
+def test_compiled_gradients_are_the_same(make_bench: Any, random_records: Any, case: str) -> None:
+    plain, turn = bench_of(make_bench, case)
+    compiled, _ = bench_of(make_bench, case, "engine.compile=on")
+    batch, labels = random_records(RAGGED).batch(np.arange(len(RAGGED)))
+    for clients in (1, 3):
+        theta, owner = theta_of(plain, clients, turn), OWNER % clients
+        wanted = plain.backend.gradients(theta, batch, labels, owner, turn)
+        assert_same(compiled.backend.gradients(theta, batch, labels, owner, turn), wanted)

@@ -62,6 +62,7 @@ def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: 
     """The outer factors of `fed_sb`, with orthonormal columns and rows: B [d_out, r] and A [r, d_in], float32.
 
     Fed-SB's own come from gradients of private records, which cost privacy that nobody charges; these cost none.
+    Signs are fixed, as libraries are free in them and all machines must mean the same by R.
 
     Args:
         seed: public.
@@ -80,12 +81,14 @@ def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: 
         )
     if kind == "weights":
         left, _, right = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
-        return left[:, :rank].contiguous(), right[:rank].contiguous()
+        columns, rows = left[:, :rank], right[:rank]
+        signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+        return columns * signs.T, rows * signs
     drawn = (
         torch.randn(size, rank, generator=seed.torch("fed_sb", str(side), base_name))
         for side, size in enumerate(weight.shape)
     )
-    outer, inner = (torch.linalg.qr(columns).Q for columns in drawn)
+    outer, inner = (q * upper.diagonal().sign() for q, upper in map(torch.linalg.qr, drawn))
     return outer, inner.T.contiguous()
 
 
