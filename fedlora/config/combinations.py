@@ -14,8 +14,6 @@ from fedlora.errors import ConfigError
 from fedlora.schema import shown
 
 _TRAIN_A = ("lora", "rolora", "la_lora", "fedex", "fedsa", "flora", "flexlora", "hetlora")
-_FOLD = ("fedex", "flora")
-"""Methods whose server changes the base model."""
 _MIX_RANKS = ("flora", "flexlora", "hetlora")
 _REMAKE = ("ffa_svd", "fedex", "flora", "flexlora")
 """Methods whose server makes other factors of the clients' products: a coordinate is not the same next round."""
@@ -90,10 +88,11 @@ def _check_method(
             f"adapter.select = {adapter.select} scores modules by what is trained under one frozen A, and "
             f"adapter.method = {method} trains something else; set adapter.method=ffa, or adapter.select=none"
         )
-    if method in _FOLD and model.dtype == "bfloat16":
+    if adapter.wants_exact_base and model.dtype == "bfloat16":
+        use = "makes its outer factors of" if method == "fed_sb" else "adds what was learnt to"
         raise ConfigError(
-            f"adapter.method = {method} adds what was learnt to the base model, which model.dtype = bfloat16 rounds to "
-            "three digits; set model.dtype=float32"
+            f"adapter.method = {method} {use} the base model's weights, which model.dtype = bfloat16 rounds to three "
+            "digits; set model.dtype=float32"
         )
     if method in _REMAKE and training.keep_state:
         raise ConfigError(

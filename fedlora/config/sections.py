@@ -88,6 +88,11 @@ class AdapterConfig(Section, section="adapter"):
         return self.search_rounds if self.select == "bilevel" else 0
 
     @property
+    def wants_exact_base(self) -> bool:
+        """Whether the base is to be float32: it is added to, or factors that all agree on are made of it."""
+        return self.method in ("fedex", "flora") or (self.method == "fed_sb" and self.subspace == "weights")
+
+    @property
     def client_ranks(self) -> tuple[int, ...]:
         """`ranks` as numbers, `rank` alone where there are none.
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters.methods import method_of
 from fedlora.cache import remembered
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
@@ -98,9 +97,9 @@ def choose_execution(config: RunConfig) -> Execution:
 def _candidates(config: RunConfig, device: torch.device) -> list[_Kernels]:
     """Who asks for float32 gets it whole; faster products of float32 are tried beside bfloat16, which is as coarse.
 
-    A base that is to be added to is float32: bfloat16 would round off what one round has learnt.
+    A base that is to be added to is float32, as bfloat16 would round off what one round has learnt.
     """
-    free = config.model.dtype == "auto" and not method_of(config.adapter).folds
+    free = config.model.dtype == "auto" and not config.adapter.wants_exact_base
     attentions: list[Attention] = ["sdpa", "eager"] if config.model.attention == "auto" else [config.model.attention]
     coarse: Precision = "high" if device.type == "cuda" else "medium"
     precisions: list[Precision] = ["highest"]

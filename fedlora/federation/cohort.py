@@ -289,7 +289,7 @@ class Cohort:
 
     def _confusion_counts(self, theta: Tensor, site: Site, entry: ScheduledRound) -> Tensor:
         bench, layout = self.workbench, self.workbench.payload_layout(entry.phase)
-        theta = bench.start(theta, site.client, site.kept)
+        theta = bench.model(theta, site.kept)
         return confusion_counts(bench.backend, self.dataset, site.heldout, theta, layout, bench.shapes)
 
     def _alignment_sums(self, theta: Tensor, directions: Tensor, site: Site, entry: ScheduledRound) -> Tensor:

@@ -71,4 +71,4 @@ class Evaluator:
 def personal_theta(workbench: Workbench, theta: Tensor, site: Site) -> Tensor:
     """[P] on the CPU: of the global `theta` [P] what all share, and what `site` has kept for itself."""
     shared = theta[workbench.layout.positions(workbench.shared_parts)]
-    return workbench.start(shared.to(workbench.execution.device), site.client, site.kept).cpu()
+    return workbench.model(shared.to(workbench.execution.device), site.kept).cpu()

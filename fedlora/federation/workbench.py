@@ -147,19 +147,22 @@ class Workbench:
         return active
 
     def start(self, theta: Tensor, client: int, kept: Tensor | None) -> Tensor:
-        """Where `client` starts from, [P] on the device: what the server sent, what it kept, its own rank of both.
+        """Where `client` starts from, [P] on the device: `model` as far as its own rank goes."""
+        start, active = self.model(theta, kept), self.active(client)
+        return start if active is None else start * active.to(start.device)
+
+    def model(self, theta: Tensor, kept: Tensor | None) -> Tensor:
+        """The model of a site, [P] on the device: what the server sent, and what the site has kept.
 
         Args:
             theta: of `shared_parts`, on the device.
-            client: its number.
             kept: of the method's local parts, from its last round; None: as they are at first.
         """
-        start, device = self.initial_theta.clone(), self.execution.device
-        start[self.layout.positions(self.shared_parts).to(device)] = theta
+        model, device = self.initial_theta.clone(), self.execution.device
+        model[self.layout.positions(self.shared_parts).to(device)] = theta
         if kept is not None:
-            start[self.layout.positions(self.method.local).to(device)] = kept.to(device)
-        active = self.active(client)
-        return start if active is None else start * active.to(device)
+            model[self.layout.positions(self.method.local).to(device)] = kept.to(device)
+        return model
 
     def global_size(self, phase: str) -> int:
         """How many numbers the server sends as theta in `phase`."""

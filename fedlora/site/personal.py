@@ -37,14 +37,13 @@ def export_personal(folder: Path, cohort: Cohort, instruction: RoundInstruction,
 
     name = hashlib.sha256(instruction.run_id.encode()).hexdigest()[:16]  # the server chose the id: it is no path
     config, path = bench.config, folder / name
-    start = bench.start(update.vector.to(bench.execution.device), site.client, site.kept)
     export_adapter(
         path,
         model=config.model,
         seed=PublicSeed.from_int(config.run.seed),
         layout=bench.layout,
         places=bench.places,
-        theta=start.cpu(),
+        theta=bench.model(update.vector.to(bench.execution.device), site.kept).cpu(),
         num_labels=bench.classifier.num_labels,
         labels=TASKS[config.data.task].label_names,
         head=instruction.head,

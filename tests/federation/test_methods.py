@@ -234,3 +234,20 @@ def test_a_client_of_a_smaller_rank_has_nothing_beyond_it(make_federation: Any, 
     for round_rows in rows[-3:]:
         assert (round_rows[1][beyond] == 0).all()
         assert (round_rows[0][beyond] != 0).any()
+
+
+@pytest.mark.parametrize("method", MIXED)
+def test_every_client_evaluates_the_global_model_whatever_its_rank(make_federation: Any, method: str) -> None:
+    overrides = ("adapter.ranks=4,1", "federation.private_evaluation=true", "model.head=trained")
+    federation = make_federation(f"adapter.method={method}", *NOISELESS, *overrides)
+    seen, genuine = [], cohort.confusion_counts
+
+    def watched(backend: Any, dataset: Any, records: Any, theta: Tensor, *rest: Any) -> Tensor:
+        seen.append(theta.clone())
+        return genuine(backend, dataset, records, theta, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort, "confusion_counts", watched)
+        state, _ = trained(federation)
+    assert len(seen) == 3
+    assert all(torch.equal(theta, state.theta) for theta in seen)
