@@ -166,8 +166,12 @@ class FederationConfig(Section, section="federation"):
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = setting(
         "none", "what the server does with the aggregated move; none: takes it"
     )
-    server_learning_rate: float = setting(1.0, "of server_optimizer", above=0)
-    server_momentum: float = setting(0.9, "of server_optimizer", at_least=0, at_most=1)
+    server_learning_rate: float | Literal["auto"] = setting(
+        "auto",
+        "of server_optimizer; auto: 1 for momentum, 0.01 for adam and yogi, whose steps are about that long",
+        above=0,
+    )
+    server_momentum: float = setting(0.9, "of server_optimizer, below 1", at_least=0, at_most=0.9999)
     wire_dtype: Literal["float32", "bfloat16", "int8"] = setting(
         "float32", "of a client's noised move on its way to the server; rounded by chance, so without bias"
     )
@@ -189,6 +193,13 @@ class FederationConfig(Section, section="federation"):
     def cohort_size(self) -> int:
         """How many clients are asked in a round of training."""
         return max(1, round(self.participation * self.clients))
+
+    @property
+    def server_rate(self) -> float:
+        """`server_learning_rate` with auto spelled out."""
+        if self.server_learning_rate != "auto":
+            return self.server_learning_rate
+        return 1.0 if self.server_optimizer in ("none", "momentum") else 0.01
 
     @property
     def assumed_attackers(self) -> int:

@@ -41,7 +41,7 @@ class ServerOptimizer:
 
     def __init__(self, config: FederationConfig) -> None:
         self._rule = config.server_optimizer
-        rate, momentum = config.server_learning_rate, config.server_momentum
+        rate, momentum = config.server_rate, config.server_momentum
         betas = (momentum, SECOND_MOMENT_DECAY)
         self._make = {
             "none": None,
