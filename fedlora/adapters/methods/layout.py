@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlora.adapters.methods.method import METHODS, Parts
 from fedlora.adapters.slots import AdapterLayout
-from fedlora.errors import AdapterError
+from fedlora.errors import AdapterError, ConfigError
 from fedlora.randomness import PublicSeed
 
 Subspace = Literal["random", "weights"]
@@ -72,10 +72,10 @@ def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: 
         kind: "random", or "weights": the leading singular vectors of `weight`, as in LoRA-XS (arXiv 2405.17604).
 
     Raises:
-        AdapterError: the rank is above the smaller side of `weight`.
+        ConfigError: the rank is above the smaller side of `weight`.
     """
     if rank > min(weight.shape):
-        raise AdapterError(
+        raise ConfigError(
             f"adapter.rank = {rank} is above the smaller side of {base_name} ({weight.shape[0]}x{weight.shape[1]}), "
             "in which fed_sb looks for that many directions; lower it"
         )
