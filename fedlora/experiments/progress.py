@@ -96,11 +96,16 @@ def print_result(folder: Path) -> None:
         "traffic": f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down",
         "time": f"{record['wall_seconds']:.0f} s, {shown_bytes(record['peak_memory_bytes'])} peak memory",
         "run folder": str(folder),
-        "use it": f'fedlora predict {shlex.quote(str(folder))} "some text"',
+        "use it": f'fedlora predict {shlex.quote(str(_ready(folder)))} "some text"',
     }
     if guarantee.flaws:
         del rows["not covered"]
     print_rows(rows)
+
+
+def _ready(folder: Path) -> Path:
+    """Where a whole model lies: one site's, where each keeps a part to itself."""
+    return next(iter(sorted((folder / "personal").glob("client-*"))), folder)
 
 
 def shown_evaluation(found: Mapping[str, Any]) -> str:
