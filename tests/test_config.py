@@ -285,6 +285,7 @@ GOES_WITH = {  # of keys whose other value is refused by itself
     "rate_of_a": ("adapter.method=lora",),
     "attackers": ("federation.aggregator=trimmed_mean",),
     "norm_bound": ("federation.aggregator=norm_bound",),
+    "server_learning_rate": ("federation.server_optimizer=adam",),
     "unit": ("model.head=frozen",),
     "client_clip_norm": ("model.head=frozen", "privacy.unit=client"),
     "client_noise": ("model.head=frozen", "privacy.unit=client", "federation.minimum_clients=3"),

@@ -111,7 +111,7 @@ def _check_aggregation(adapter: AdapterConfig, federation: FederationConfig) -> 
     if aggregator != "mean" and method in ("fedex", "flora", "flexlora"):
         raise ConfigError(
             f"federation.aggregator = {aggregator} drops or changes single clients' factors, but adapter.method = "
-            f"{method} is exact only for the mean of all their products; set federation.aggregator=mean"
+            f"{method} makes its model of the mean of all their products; set federation.aggregator=mean"
         )
     if aggregator != "mean" and adapter.ranks:
         raise ConfigError(
@@ -134,11 +134,21 @@ def _check_aggregation(adapter: AdapterConfig, federation: FederationConfig) -> 
             "set federation.aggregator=norm_bound"
         )
     attackers, asked = federation.assumed_attackers, federation.cohort_size
+    if aggregator == "median" and asked < 3:
+        raise ConfigError(
+            f"federation.aggregator = median of {asked} clients is their mean and withstands nobody; "
+            "ask at least 3, or set federation.aggregator=mean"
+        )
     least = {"trimmed_mean": 2 * attackers + 1, "multi_krum": 2 * attackers + 3}.get(aggregator, 0)
     if asked < least:
         raise ConfigError(
             f"federation.aggregator = {aggregator} withstands {attackers} attackers among at least {least} clients, "
             f"and a round asks {asked}; lower federation.attackers, or ask more clients"
+        )
+    if federation.server_learning_rate != "auto" and federation.server_optimizer == "none":
+        raise ConfigError(
+            f"federation.server_learning_rate = {federation.server_learning_rate:g}, but federation.server_optimizer = "
+            "none takes the aggregated move as it is; leave it out, or use momentum, adam or yogi"
         )
     if federation.server_optimizer != "none" and method in _REMAKE:
         raise ConfigError(
