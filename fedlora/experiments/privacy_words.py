@@ -149,8 +149,10 @@ of what is released tell nothing of the sum. The noise is widened by the little 
 sensitivity. Runs without noise release their sums as they are."""
 
 ALWAYS = (
-    "Always: division by the *expected* batch size, the optimiser's steps, the mean over sites, the head made of "
-    "prototypes. What is computed from a release alone tells no more than the release, and costs nothing."
+    "Always: division by the *expected* batch size, the optimiser's steps, rounding for the way, what the server makes "
+    "of the sites' vectors by its rule of aggregation, its optimiser and the method, the head made of prototypes. What "
+    "a method has a site keep of its adapter is made of the same noised values. What is computed from a release alone "
+    "tells no more than the release, and costs nothing."
 )
 FILTERED = (
     "`training.noise_filter = {noise_filter}`: smooths noised gradients. It costs nothing either: it never sees a "
