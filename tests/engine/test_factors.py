@@ -89,7 +89,7 @@ def test_opacus_equals_the_loop(make_bench: Any, random_records: Any, family: st
             assert_same(bench.backend.gradients(theta, batch, labels, owner, turn), wanted)
 
 
-@pytest.mark.parametrize("case", TURNS)
+@pytest.mark.parametrize("case", [case for case in TURNS if case != "R, from weights"])  # which wants float32
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_base_gives_finite_float32_gradients_near_the_exact_ones(
     make_bench: Any, random_records: Any, family: str, case: str
