@@ -30,9 +30,13 @@ def test_what_is_published_names_no_folder_of_a_machine(folder: Path) -> None:
             assert run.status == "done", run.error
 
 
-def test_the_readme_shows_rows_of_a_published_table() -> None:
-    source, _, rest = (RESULTS.parents[1] / "README.md").read_text().partition("<!-- rows of ")[2].partition(" -->\n")
-    shown = rest.partition("\n\n")[0].splitlines()
-    assert len(shown) == 7
-    published = (RESULTS.parents[1] / source).read_text().splitlines()
-    assert [line for line in shown if line not in published] == []
+@pytest.mark.parametrize(("document", "rows"), [("README.md", 7), ("docs/methods.md", 52)])
+def test_documents_show_rows_of_published_tables(document: str, rows: int) -> None:
+    checked = 0
+    for block in (RESULTS.parents[1] / document).read_text().split("<!-- rows of ")[1:]:
+        source, _, rest = block.partition(" -->\n")
+        published = (RESULTS.parents[1] / source).read_text().splitlines()
+        shown = rest.partition("\n\n")[0].splitlines()
+        assert [line for line in shown if line not in published] == []
+        checked += len(shown)
+    assert checked == rows

@@ -31,6 +31,12 @@ def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
     names = sorted({run.metric for run in runs})
     if len(names) > 1:
         yield f"Different metrics in one table: {', '.join(names)}. They do not compare."
+    if unused := sum(run.unused for run in runs):
+        short = sum(run.unused > 0 for run in runs)
+        yield (
+            f"{short} of {len(runs)} runs did without {counted(unused, 'answer')} of clients, paid for all the same; "
+            "rounds.jsonl of each says why."
+        )
     places = Counter((run.label, run.epsilon, run.seed) for run in runs)
     if twice := sum(count > 1 for count in places.values()):
         yield f"{twice} places of the table have several runs of one seed, which differ in something that is no axis."

@@ -38,6 +38,7 @@ class ReportedRun:
         sigma: smallest effective noise multiplier of training over sites.
         bytes_up: sent by all sites together.
         curve: (round, metric) wherever it was evaluated.
+        unused: answers of clients that were asked for and not used, or never came.
         record: whole.
     """
 
@@ -56,6 +57,7 @@ class ReportedRun:
     bytes_up: int | None
     seconds: float | None
     curve: tuple[tuple[int, float], ...]
+    unused: int
     record: Mapping[str, Any]
 
     @property
@@ -218,6 +220,7 @@ def _read(run: StoredRun, axis: str) -> ReportedRun | Left:
         bytes_up=None if up is None or math.isinf(up) else int(up),
         seconds=number(record.get("wall_seconds")),
         curve=tuple(_curve(run.rounds)),
+        unused=sum(map(_unused, run.rounds)),
         record=record,
     )
 
@@ -251,6 +254,11 @@ def _curve(rounds: Sequence[Any]) -> Iterable[tuple[int, float]]:
         place, value = number(found(line, "round")), number(found(line, "metric"))
         if place is not None and value is not None and math.isfinite(place) and math.isfinite(value):
             yield int(place), value
+
+
+def _unused(line: Any) -> int:
+    count = number(found(line, "clients_failed"))
+    return 0 if count is None or math.isinf(count) else int(count)
 
 
 def _left(run: StoredRun, kind: Kind, why: str) -> Left:

@@ -31,6 +31,7 @@ def run(label: str, epsilon: float, seed: int, value: float) -> ReportedRun:
         bytes_up=None,
         seconds=None,
         curve=(),
+        unused=0,
         record={},
     )
 

@@ -126,6 +126,15 @@ def test_runs_that_do_not_compare_are_said(folder_of: Callable[..., Path], store
     assert "1 places of the table have several runs of one seed" in text
 
 
+def test_answers_that_were_not_used_are_counted(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun]
+) -> None:
+    short = [{"round": 1, "metric": 0.7, "clients_failed": 2}, {"round": 2, "metric": 0.8, "clients_failed": 1}]
+    odd = [{"round": 1, "metric": 0.7, "clients_failed": "inf"}]
+    text = tables_text(read_results(folder_of([stored(), stored(seed=1, rounds=short), stored(seed=2, rounds=odd)])))
+    assert "1 of 3 runs did without 3 answers of clients" in text
+
+
 def test_other_axes_make_tables_of_their_own(folder_of: Callable[..., Path], stored: Callable[..., StoredRun]) -> None:
     runs = []
     for partition in ("iid", "skewed"):
