@@ -7,7 +7,7 @@ un-noised one cannot escape.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapters.methods import Turn
+from fedlora.adapters.methods import Parts, Turn
 from fedlora.adapters.slots import AdapterLayout
 from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
@@ -55,6 +55,11 @@ class Division:
     rate_of_a: float = 1.0
     """Learning rate of A over that of everything else."""
 
+    @property
+    def trained(self) -> Parts:
+        """What some turn trains, in the order of the layout."""
+        return tuple(part for part in self.layout.parts if any(part in turn.parts for turn in self.turns))
+
 
 @dataclass(frozen=True)
 class TrainedRow:
@@ -89,20 +94,23 @@ def train(
 
     Raises:
         PrivacyError: the jobs project or clip differently. One call treats all records alike; each job's noise fits
-            its own plan.
+            its own plan. Or the division is another back end's.
     """
     if len({(job.phase.clipping, job.phase.projection) for job in jobs}) > 1:
         raise PrivacyError("jobs of one call project or clip differently; train them in separate calls")
+    division = division or _undivided(backend)
+    if [slot.size for slot in division.layout.slots] != [*backend.slot_sizes]:
+        raise PrivacyError("the division has other slots than the back end's gradients. This is a fault of fedlora")
     rows = theta.repeat(len(jobs), 1) if theta.dim() == 1 else theta.clone()
-    parts = _parts(division)
-    parameters = [{part: nn.Parameter(row[span]) for part, span in parts.items()} for row in rows]  # views of `rows`
-    optimizer = make_optimizer(training, learning_rate, _groups(parameters, learning_rate, division))
+    # A parameter for each part, a view of `rows`: an optimiser leaves alone what has no gradient in a step.
+    parameters = [{part: nn.Parameter(row[division.layout.span(part)]) for part in division.trained} for row in rows]
+    optimizer = make_optimizer(training, learning_rate, _groups(parameters, learning_rate, division.rate_of_a))
     for own, job in zip(parameters, jobs, strict=True):
         for part, parameter in own.items():
-            if (state := _state_of(part, job.optimizer_state)) is not None:
+            if state := _state_of(part, job.optimizer_state or {}):
                 optimizer.state[parameter] = _copied(state, rows.device)
     noise_std = [_noise_std(job.phase, training) for job in jobs]
-    lessons = [_Lesson.of(turn, backend, division, training, noise_std) for turn in _turns(division)]
+    lessons = [_Lesson.of(turn, division.layout, training, noise_std) for turn in division.turns]
     for number in range(num_steps):
         lesson = lessons[number % len(lessons)]
         point = lesson.point(rows)
@@ -112,17 +120,17 @@ def train(
         for own, job, gradient in zip(parameters, jobs, lesson.filter.refine(gradients), strict=True):
             if job.active is not None:  # what is zero has no gradient, so this drops noise; filters may have spread it
                 gradient = gradient * lesson.cut(job.active).to(gradient.device)
-            for part, span in lesson.spans.items():
-                own[part].grad = gradient[span]
+            for part in lesson.layout.parts:
+                own[part].grad = gradient[lesson.layout.span(part)]
         optimizer.step()
         optimizer.zero_grad()
         del gradients, gradient  # or they would lie beside the next step's sums
     return [
         TrainedRow(
             row.clone(),
-            _waiting(job.optimizer_state, parts)
+            _waiting(job.optimizer_state or {}, division.trained)
             | {
-                f"{part}/{key}" if part else key: value
+                f"{part}/{key}": value
                 for part, parameter in own.items()
                 for key, value in optimizer.state[parameter].items()
             },
@@ -135,31 +143,23 @@ def train(
 class _Lesson:
     """One of the turns of a call."""
 
+    layout: AdapterLayout
+    """Of what it trains."""
     turn: Turn | None
-    slot_sizes: tuple[int, ...]
     positions: Tensor | None
-    """Of its coordinates in the flat vector; None where they are all."""
-    spans: dict[str, slice]
-    """Of its parts among its coordinates."""
+    """Of its coordinates in the flat vector. Both are None where it trains everything."""
     filter: NoiseFilter
 
     @classmethod
-    def of(
-        cls,
-        turn: Turn | None,
-        backend: GradientBackend,
-        division: Division | None,
-        training: TrainingConfig,
-        noise_std: Sequence[float],
-    ) -> Self:
-        slot_sizes, positions, spans = tuple(backend.slot_sizes), None, {"": slice(None)}
-        if turn is not None and division is not None:
-            own = division.layout.only(turn.parts)
-            slot_sizes, spans = tuple(slot.size for slot in own.slots), {part: own.span(part) for part in own.parts}
-            if own is not division.layout:
-                positions = division.layout.positions(turn.parts)
-        noise_filter = make_filter(training, slot_sizes=slot_sizes, noise_std=noise_std)
-        return cls(turn=turn, slot_sizes=slot_sizes, positions=positions, spans=spans, filter=noise_filter)
+    def of(cls, turn: Turn, layout: AdapterLayout, training: TrainingConfig, noise_std: Sequence[float]) -> Self:
+        own = layout.only(turn.parts)
+        everything = own is layout
+        return cls(
+            layout=own,
+            turn=None if everything else turn,
+            positions=None if everything else layout.positions(turn.parts),
+            filter=make_filter(training, slot_sizes=[slot.size for slot in own.slots], noise_std=noise_std),
+        )
 
     def point(self, rows: Tensor) -> Tensor:
         """Where gradients are taken, [K, P]."""
@@ -173,40 +173,29 @@ class _Lesson:
         return vector if self.positions is None else vector[self.positions.to(vector.device)]
 
 
-def _turns(division: Division | None) -> Sequence[Turn | None]:
-    return (None,) if division is None else division.turns
+def _undivided(backend: GradientBackend) -> Division:
+    """All slots of `backend` in every step, as one part."""
+    shapes = {f"{number}/all": (size,) for number, size in enumerate(backend.slot_sizes)}
+    layout = AdapterLayout.build(shapes, method="", rank=1, alpha=1.0)
+    return Division(layout, (Turn(layout.parts),))
 
 
-def _parts(division: Division | None) -> dict[str, slice]:
-    """What is a parameter of its own, and where it stands: an optimiser leaves alone what has no gradient in a step."""
-    if division is None:
-        return {"": slice(None)}
-    trained = {part for turn in division.turns for part in turn.parts}
-    return {part: division.layout.span(part) for part in division.layout.parts if part in trained}
-
-
-def _groups(
-    parameters: Sequence[dict[str, nn.Parameter]], rate: float, division: Division | None
-) -> list[dict[str, Any]]:
+def _groups(parameters: Sequence[dict[str, nn.Parameter]], rate: float, rate_of_a: float) -> list[dict[str, Any]]:
     """Parameters by part, as torch's optimisers take them; a rate of its own for A."""
-    of_a = 1.0 if division is None else division.rate_of_a
     return [
-        {"params": [own[part] for own in parameters], "lr": rate * (of_a if part == "A" else 1.0)}
+        {"params": [own[part] for own in parameters], "lr": rate * (rate_of_a if part == "A" else 1.0)}
         for part in parameters[0]
     ]
 
 
-def _state_of(part: str, state: OptimizerState | None) -> OptimizerState | None:
+def _state_of(part: str, state: OptimizerState) -> OptimizerState:
     """What of `state` is that of `part`."""
-    if state is None or not part:
-        return state
-    own = {key.removeprefix(f"{part}/"): value for key, value in state.items() if key.startswith(f"{part}/")}
-    return own or None
+    return {key.removeprefix(f"{part}/"): value for key, value in state.items() if key.startswith(f"{part}/")}
 
 
-def _waiting(state: OptimizerState | None, parts: Container[str]) -> OptimizerState:
+def _waiting(state: OptimizerState, trained: Parts) -> OptimizerState:
     """What of `state` is of parts that are not trained in this call, for those in which they are."""
-    return {} if "" in parts else {k: value for k, value in (state or {}).items() if k.partition("/")[0] not in parts}
+    return {key: value for key, value in state.items() if key.partition("/")[0] not in trained}
 
 
 def _noise_std(phase: PhasePlan, training: TrainingConfig) -> float:
@@ -230,8 +219,9 @@ def _private_mean_gradients(
     drawn = [job.records[job.phase.sampler.draw(len(job.records), job.sampling)] for job in jobs]
     phase, clients = jobs[0].phase, cohort or len(jobs)
     how: dict[str, Any] = {"shapes": shapes, "clients": clients, "expected": clients * training.expected_batch_size}
-    totals = clipped_sums(backend, dataset, drawn, rows, phase, width=sum(lesson.slot_sizes), turn=lesson.turn, **how)
-    released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], lesson.slot_sizes)
+    totals = clipped_sums(backend, dataset, drawn, rows, phase, width=lesson.layout.size, turn=lesson.turn, **how)
+    sizes = [slot.size for slot in lesson.layout.slots]
+    released = privatize_all([job.phase for job in jobs], totals, [job.noise for job in jobs], sizes)
     return [gradient.div_(training.expected_batch_size) for gradient in released]
 
 

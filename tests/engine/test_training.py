@@ -146,7 +146,7 @@ def test_a_client_whose_vector_is_broken_harms_nobody_else(
     phase, theta = make_phase(1.0, 0.5), start(bench)
     clean = run(bench, dataset, make_jobs(phase, PARTS), theta, training=training)
     jobs = make_jobs(phase, PARTS)
-    jobs[1].optimizer_state = {"momentum_buffer": torch.full_like(theta, torch.nan)}
+    jobs[1].optimizer_state = {"all/momentum_buffer": torch.full_like(theta, torch.nan)}
     broken = run(bench, dataset, jobs, theta, training=training)
     assert torch.isnan(broken[1].theta).all()
     for client in (0, 2):

@@ -18,6 +18,7 @@ from fedlora.config import TrainingConfig
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.batching import Shapes
 from fedlora.engine.training import Division, TrainedRow, TrainingJob, train
+from fedlora.errors import PrivacyError
 from fedlora.federation.workbench import Workbench
 from fedlora.privacy.mechanisms.gredp import GReDPMechanism
 from fedlora.privacy.noise import HostNoise
@@ -88,6 +89,23 @@ def noise_alone(phase: PhasePlan, turns: Sequence[Turn], **how: Any) -> TrainedR
     start = settings.pop("theta", torch.zeros(LAYOUT.size))
     (row,) = train(backend, backend.dataset, [job], start, shapes=Shapes(9), division=division, **settings)
     return row
+
+
+def test_a_division_of_other_slots_than_the_back_end_has_is_refused(make_phase: Any) -> None:
+    other, backend = wide_layout(rank=3), Silent(LAYOUT)
+    job = job_of(make_phase(1.0, 0.5), NOBODY)
+    with pytest.raises(PrivacyError, match="other slots than the back end's"):
+        train(
+            backend,
+            backend.dataset,
+            [job],
+            torch.zeros(other.size),
+            num_steps=1,
+            learning_rate=0.5,
+            training=SGD,
+            shapes=Shapes(9),
+            division=Division(other, (Turn(other.parts),)),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- clipped together
