@@ -171,23 +171,31 @@ class Deployment:
 
     def check(self, submission: Submission) -> list[dict[str, Any]]:
         """The rounds of a run that ended well: none lost, none charged twice, and no ε below what ledgers say."""
+        lines = self.check_rounds(submission)
+        record = json.loads(submission.folder.record_file.read_text())
+        adapter = load_file(next((submission.folder.path / "adapter").glob("adapter*.safetensors")))
+        b = [tensor for name, tensor in adapter.items() if "lora_B" in name]
+        assert all(tensor.isfinite().all() for tensor in b)
+        kept = record["config"]["adapter"]["method"] == "fedsa"  # by the sites
+        assert any(tensor.abs().max() > 0 for tensor in b) != kept
+        stated = {facts["client"]: facts["epsilon"] for facts in record["clients"]}
+        for site in self.sites:
+            spent = epsilon_of(site, submission.run, record["config"]["privacy"]["delta"])
+            assert stated[site.client] >= spent * (1 - 1e-3), "dp-accounting's own grid is coarser by less than that"
+        return lines
+
+    def check_rounds(self, submission: Submission) -> list[dict[str, Any]]:
+        """As `check`, but for what the rounds cost and what they made."""
         code, said = submission.ended()
         assert code == 0, said
         record = json.loads(submission.folder.record_file.read_text())
         lines = submission.folder.read_rounds()
         assert [line["round"] for line in lines] == list(range(record["config"]["federation"]["rounds"]))
-        adapter = load_file(next((submission.folder.path / "adapter").glob("adapter*.safetensors")))
-        b = [tensor for name, tensor in adapter.items() if "lora_B" in name]
-        assert all(tensor.isfinite().all() for tensor in b)
-        assert any(tensor.abs().max() > 0 for tensor in b)
-        stated = {facts["client"]: facts["epsilon"] for facts in record["clients"]}
         for site in self.sites:
             charged = rounds_charged(site, submission.run)
             answered = {line["round"] for line in lines if str(site.client) not in line["failures"]}
             assert all(kinds.count("reserved") == 1 for kinds in charged.values()), charged
             assert answered <= {index for index, kinds in charged.items() if kinds == ["reserved", "spent"]}
-            spent = epsilon_of(site, submission.run, record["config"]["privacy"]["delta"])
-            assert stated[site.client] >= spent * (1 - 1e-3), "dp-accounting's own grid is coarser by less than that"
         return lines
 
 
