@@ -14,6 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
 from fedlora.experiments.progress import TerminalProgress
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import Progress, run_server
@@ -22,6 +23,7 @@ from fedlora.experiments.trackers.tracker import Tracked
 from fedlora.federation.selection import check_selection
 from fedlora.federation.workbench import Workbench, build_workbench
 from fedlora.monitoring.logs import configure_logging_from
+from fedlora.site.protocol import LARGEST_PAYLOAD
 from server.answers import RoundAnswers
 from server.roster import Roster
 from server.transport import ASK_SILENT_AGAIN, GridTransport
@@ -50,11 +52,21 @@ def prepare(config: RunConfig) -> Workbench:
 
     Raises:
         ModelError: the model or a target module cannot be found.
-        ConfigError: modules cannot be chosen as asked.
+        ConfigError: modules cannot be chosen as asked, or no site would take an instruction that large.
     """
     workbench = build_workbench(config)
     check_selection(workbench)
+    folded = workbench.folded.size if workbench.method.folds else 0
+    if (size := 4 * (workbench.layout.size + folded) + _MOST_BESIDE) > LARGEST_PAYLOAD:
+        raise ConfigError(
+            f"an instruction of this run has {size / 1e6:.0f} MB and a site takes {LARGEST_PAYLOAD / 1e6:.0f} at most; "
+            "adapt fewer modules (adapter.target_modules), or use an adapter.method that folds nothing into the base"
+        )
     return workbench
+
+
+_MOST_BESIDE = 2**20
+"""Bytes of an instruction beside the adapter and what is added to the base: a head, gates, facts."""
 
 
 def serve(grid: Grid, workbench: Workbench, folder: RunFolder, progress: Progress, workers: int | None = None) -> None:

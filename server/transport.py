@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from fedlora.errors import FedloraError, ProtocolError
+from fedlora.errors import ProtocolError
 from fedlora.federation import wire
 from fedlora.federation.failures import TRY_AGAIN
 from fedlora.federation.messages import ClientFailure, ClientUpdate, RoundInstruction
 from fedlora.federation.server import Reply
-from fedlora.site.protocol import LARGEST_PAYLOAD
 from server.answers import RoundAnswers
 from server.post import Post, code_in, failure_in
 from server.roster import ASK_AGAIN, Roster
@@ -129,12 +128,6 @@ class _Exchange:
 
     def __post_init__(self) -> None:
         self._encoded = wire.encode_instruction(self.instruction)
-        if (size := len(self._encoded)) > LARGEST_PAYLOAD:
-            raise FedloraError(
-                f"the instruction of round {self.instruction.round_index} has {size / 1e6:.0f} MB and a site takes "
-                f"{LARGEST_PAYLOAD / 1e6:.0f} at most; adapt fewer modules (adapter.target_modules), or use an "
-                "adapter.method that folds nothing into the base model"
-            )
 
     def ask(self, node: int, clients: tuple[int, ...], now: float, divides: bool) -> None:
         """Post the instruction. Flower may lose it with a process, unnoticed, so it is posted again after a while."""

@@ -244,6 +244,10 @@ class Desk:
             charged = self._ledger.charges_of_run(instruction.run_id)
             if charged:  # also where no answer of it is kept
                 seat.site.run_id, seat.site.next_round = instruction.run_id, max(seat.site.next_round, max(charged) + 1)
+                if kept is None and seat.cohort.workbench.method.local:
+                    log.warning(
+                        "what this site had kept of the run is lost, and starts anew", extra=_public(instruction)
+                    )
             try:
                 _check_plan(seat.site, charged)
             except PolicyRefused:

@@ -49,4 +49,21 @@ def export_personal(folder: Path, cohort: Cohort, instruction: RoundInstruction,
         head=instruction.head,
         max_length=config.data.max_length,
     )
+    (path / "README.md").write_text(_CARD.format(config=config), encoding="utf-8")
     return path
+
+
+_CARD = """\
+---
+base_model: {config.model.name}
+library_name: peft
+---
+
+# {config.data.task}: this site's own model
+
+- **Method**: {config.adapter.method}
+- **Guarantee**: made of clipped and noised gradients alone, which the site's ledger has charged: whoever is given this
+  folder learns no more of the records than the ε that `fedlora site status` shows.
+
+`fedlora.load(FOLDER)` returns the ready classifier.
+"""

@@ -20,12 +20,13 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 import clients.app
 import clients.simulated
-import server.transport
+import server.app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, RunFolderError
 from fedlora.experiments.simulate import simulate
 from fedlora.federation import cohort, wire
 from server.app import app as server_app
+from server.app import prepare
 from tests.flower.local_grid import LocalGrid, Silent, context_of, forget, rounds, run, trained
 
 pytestmark = pytest.mark.flower
@@ -154,12 +155,18 @@ def test_when_all_clients_fail_so_does_the_run(config: RunConfig) -> None:
     assert not (Path(config.run.out) / "record.json").exists()
 
 
-def test_an_instruction_that_no_site_takes_is_not_sent(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.transport, "LARGEST_PAYLOAD", 1000)
+def test_instructions_that_no_site_would_take_are_refused_before_any_is_sent(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folding = config.with_overrides("adapter.method=fedex", "model.dtype=float32")
+    lean = prepare(folding.with_overrides("adapter.method=lora"))
+    added = prepare(folding).folded.size
+    monkeypatch.setattr(server.app, "LARGEST_PAYLOAD", 2**20 + 4 * (lean.layout.size + added) - 1)
+    prepare(folding.with_overrides("adapter.method=lora"))
     grid = LocalGrid(config)
-    with pytest.raises(FedloraError, match=r"round 0 has 0 MB and a site takes 0 at most; adapt fewer modules"):
-        run(config, grid)
-    assert not [message for message in grid.sent if message.metadata.message_type == "train"]
+    with pytest.raises(ConfigError, match=r"has 1 MB and a site takes 1 at most; adapt fewer modules"):
+        run(folding, grid)
+    assert not grid.sent
 
 
 class RustPanic(BaseException):

@@ -43,6 +43,9 @@ def test_the_sites_own_model_is_exported_after_its_last_round_and_outlives_resta
     assert torch.equal(exported.sort().values, sent.sort().values), "its own A, as it was sent"
     assert all(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
     assert load_classifier_from_export(path.parent).predict(["a good film"])
+    card = (path.parent / "README.md").read_text()
+    assert "this site's own model" in card
+    assert "[More Information Needed]" not in card, "PEFT's own template"
 
 
 def test_a_run_whose_name_is_a_path_writes_nowhere_else(site_folder: SiteFolder, asking: Asking) -> None:
@@ -66,3 +69,15 @@ def test_a_round_is_answered_though_the_model_cannot_be_written(
     assert len(update_in(desk.answer(asking.round(0))).vector) > 0
     desk.close()
     assert "OSError" in caplog.text
+
+
+def test_that_what_was_kept_is_lost_is_said(
+    site_folder: SiteFolder, asking: Asking, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(3):
+        desk = Desk(site_folder.settings)
+        update_in(desk.answer(asking.round(index)))
+        desk.close()
+        assert ("starts anew" in caplog.text) == (index == 2)
+        if index == 1:
+            (site_folder.path / "answers.sqlite").unlink()
