@@ -120,6 +120,11 @@ def options_of(kind: type[Section], key: str) -> tuple[str, ...]:
     return typing.get_args(_hints(kind)[key])  # type: ignore[arg-type]
 
 
+def wants_text(kind: type[Section], key: str) -> bool:
+    """Whether `key`, which `kind` may not know, takes any text."""
+    return _hints(kind).get(key) is str  # type: ignore[arg-type]
+
+
 def build_section(kind: type[SectionType], table: Mapping[str, Any], name: str = "") -> SectionType:
     """A section from its table.
 
@@ -204,7 +209,7 @@ def shown(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f'"{option}"' for option in typing.get_args(annotation))
     return names.get(annotation, str(annotation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,6 +274,20 @@ def test_predict_names_a_label_for_every_text(fedlora: CommandLine, finished: Pa
     rows = [line.split("\t") for line in said.out.splitlines()]
     assert [text for _, text in rows] == ["a good film", "a dull plot"]
     assert {label for label, _ in rows} <= {"negative", "positive"}
+
+
+@pytest.mark.parametrize("folder", [".", "adapter"])
+def test_where_sites_keep_a_part_it_is_said_what_is_used(
+    fedlora: CommandLine, finished: Path, tmp_path: Path, folder: str
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(finished, shared)
+    settings = (shared / "config.toml").read_text()
+    (shared / "config.toml").write_text(settings.replace('method = "ffa"', 'method = "fedsa"'))
+    said = fedlora("predict", shared / folder, "a good film")
+    assert said.code == 0
+    assert "the part alone that its sites share" in said.err
+    assert str(shared / "personal") in said.err
 
 
 def test_calibrate_answers_what_a_run_would_use(fedlora: CommandLine, finished: Path) -> None:

@@ -536,7 +536,7 @@ LIES = {
         file="fedlora/engine/training.py",
         sound="    return [gradient.div_(training.expected_batch_size) for gradient in released]\n",
         planted=(
-            "    released[0][lesson.slot_sizes[0] :] = totals[0, lesson.slot_sizes[0] :].float()\n"
+            "    released[0][sizes[0] :] = totals[0, sizes[0] :].float()\n"
             "    return [gradient.div_(training.expected_batch_size) for gradient in released]\n"
         ),
         checks=(f"{_TURNS}::test_every_coordinate_that_is_trained_gets_all_of_the_noise_and_no_other_any",),

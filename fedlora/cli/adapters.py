@@ -37,6 +37,7 @@ def evaluate(
         generated_records=config.data.generated_records,
         seed=PublicSeed.from_int(config.run.seed),  # so that the generated corpus is the run's
     )
+    _say_if_shared(adapter)
     classifier = fedlora.load(adapter)
     if classifier.classifier.num_labels != TASKS[task].num_labels:
         raise InputError(
@@ -59,5 +60,20 @@ def predict(
 
     if pair and len(pair) != len(texts):
         raise InputError(f"{len(texts)} texts but {len(pair)} --pair; give one for each text")
+    _say_if_shared(adapter)
     for text, label in zip(texts, fedlora.load(adapter).predict(texts, pair or None), strict=True):
         typer.echo(f"{label}\t{text}")
+
+
+def _say_if_shared(adapter: Path) -> None:
+    """A run whose sites each keep a part has no whole model in its own adapter folder."""
+    from fedlora.adapters.methods import method_of
+    from fedlora.experiments.run_folder import RunFolder
+
+    folder = RunFolder(adapter.parent if adapter.name == "adapter" else adapter)
+    if folder.config_file.is_file() and method_of(folder.read_config().adapter).local:
+        typer.echo(
+            f"{adapter} has the part alone that its sites share, and zeros for what each keeps; whole models are the "
+            f"sites' own, in {folder.personal_folder} where they ran in one process",
+            err=True,
+        )

@@ -13,9 +13,17 @@ from fedlora.config.sections import (
 from fedlora.errors import ConfigError
 from fedlora.schema import shown
 
-_TRAIN_A = ("lora", "rolora", "la_lora", "fedex", "fedsa", "flora", "flexlora", "hetlora")
 _MIX_RANKS = ("flora", "flexlora", "hetlora")
-_REMAKE = ("ffa_svd", "fedex", "flora", "flexlora")
+_READ_BY = {
+    "rate_of_a": ("lora", "rolora", "la_lora", "fedex", "fedsa", "flora", "flexlora", "hetlora"),  # which train A
+    "svd_split": ("ffa_svd",),
+    "svd_every": ("ffa_svd",),
+    "subspace": ("fed_sb",),
+}
+"""Keys of [adapter] that only some methods look at."""
+_OF_EACH = ("fedex", "flora", "flexlora")
+"""Methods whose server looks at each client's own factors."""
+_REMAKE = ("ffa_svd", *_OF_EACH)
 """Methods whose server makes other factors of the clients' products: a coordinate is not the same next round."""
 
 
@@ -79,10 +87,13 @@ def _check_method(
             f"adapter.ranks = {shown(adapter.ranks)} names {len(adapter.client_ranks)} ranks for "
             f"federation.clients = {federation.clients}; leave some out"
         )
-    if adapter.rate_of_a != 1 and method not in _TRAIN_A:
-        raise ConfigError(
-            f"adapter.rate_of_a = {adapter.rate_of_a:g}, but adapter.method = {method} does not train A; leave it out"
-        )
+    untouched = AdapterConfig()
+    for key, readers in _READ_BY.items():
+        if (value := getattr(adapter, key)) != getattr(untouched, key) and method not in readers:
+            raise ConfigError(
+                f"adapter.{key} = {shown(value)}, but adapter.method = {method} does not look at it; leave it out, or "
+                f"use {', '.join(readers)}"
+            )
     if method != "ffa" and adapter.select != "none":
         raise ConfigError(
             f"adapter.select = {adapter.select} scores modules by what is trained under one frozen A, and "
@@ -108,7 +119,7 @@ def _check_method(
 
 def _check_aggregation(adapter: AdapterConfig, federation: FederationConfig) -> None:
     method, aggregator = adapter.method, federation.aggregator
-    if aggregator != "mean" and method in ("fedex", "flora", "flexlora"):
+    if aggregator != "mean" and method in _OF_EACH:
         raise ConfigError(
             f"federation.aggregator = {aggregator} drops or changes single clients' factors, but adapter.method = "
             f"{method} makes its model of the mean of all their products; set federation.aggregator=mean"
@@ -142,13 +153,18 @@ def _check_aggregation(adapter: AdapterConfig, federation: FederationConfig) -> 
     least = {"trimmed_mean": 2 * attackers + 1, "multi_krum": 2 * attackers + 3}.get(aggregator, 0)
     if asked < least:
         raise ConfigError(
-            f"federation.aggregator = {aggregator} withstands {attackers} attackers among at least {least} clients, "
+            f"federation.aggregator = {aggregator} is to withstand {attackers} among at least {least} clients, "
             f"and a round asks {asked}; lower federation.attackers, or ask more clients"
         )
     if federation.server_learning_rate != "auto" and federation.server_optimizer == "none":
         raise ConfigError(
             f"federation.server_learning_rate = {federation.server_learning_rate:g}, but federation.server_optimizer = "
             "none takes the aggregated move as it is; leave it out, or use momentum, adam or yogi"
+        )
+    if federation.server_momentum != FederationConfig().server_momentum and federation.server_optimizer == "none":
+        raise ConfigError(
+            f"federation.server_momentum = {federation.server_momentum:g}, but federation.server_optimizer = none "
+            "remembers no move; leave it out, or use momentum, adam or yogi"
         )
     if federation.server_optimizer != "none" and method in _REMAKE:
         raise ConfigError(
@@ -193,7 +209,7 @@ def _check_client_unit(
             raise ConfigError(
                 f"{key} = {shown(value)} with privacy.unit = client: {reason}; set {key}={wanted or shown(wanted)}"
             )
-    if adapter.method in ("fedex", "flora", "flexlora"):
+    if adapter.method in _OF_EACH:
         raise ConfigError(
             f"adapter.method = {adapter.method} makes its model of each client's own factors, which under privacy.unit "
             "= client nobody may see but as a noised mean; use ffa, ffa_svd, rolora, lora or fed_sb"

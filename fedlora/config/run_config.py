@@ -31,7 +31,7 @@ from fedlora.config.sections import (
     TrainingConfig,
 )
 from fedlora.errors import ConfigError
-from fedlora.schema import Section, build_section, parse_settings, read_settings, require_known, shown
+from fedlora.schema import Section, build_section, parse_settings, read_settings, require_known, shown, wants_text
 
 Scalar = bool | int | float | str
 
@@ -166,6 +166,9 @@ def parse_override(override: str) -> tuple[str, str, Any]:
         raise ConfigError(f"override {override!r} is not section.key=value; write for example privacy.epsilon=3")
     require_known(section, SECTIONS, "section", f"[{section}]")
     try:
-        return section, key, tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return section, key, text.strip()  # bare words are text, as everyone types them in a shell
+        value = text.strip()  # bare words are text, as everyone types them in a shell
+    if wants_text(SECTIONS[section], key) and not isinstance(value, str):
+        value = text.strip()  # a folder may be called 2024
+    return section, key, value

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora.adapters.dam import Selection
+from fedlora.adapters.methods import METHODS
 from fedlora.experiments import privacy_words as words
 from fedlora.experiments.record import guarantee_of
 from fedlora.experiments.wording import wording_of
@@ -30,7 +31,7 @@ def privacy_report(record: Record) -> str:
         "How the modules were chosen": [_choice(record), _beside(record)],
         "What the ledger says": [_ledger(record)],
         "What left the sites": [_vectors(record), _facts(record), words.ENVELOPE],
-        "What stayed": [said_so.stayed],
+        "What stayed": [said_so.stayed, *_kept(record)],
         "How the noise is made": [said_so.noise_source[source], said_so.granular],
         "What was done with noised values": [_post_processing(record)],
         "Check ε yourself": [_snippet(guarantee)],
@@ -202,6 +203,16 @@ def _facts(record: Record) -> str:
         names.setdefault(fact["why"], []).append(fact["name"])
     table = _table(("facts", "why they may leave"), [(", ".join(facts), why) for why, facts in names.items()])
     return f"{words.FACTS}\n\n{table}"
+
+
+def _kept(record: Record) -> list[str]:
+    """What a method has each site keep of what it trains."""
+    config, method = record["config"], METHODS[record["config"]["adapter"]["method"]]
+    trained = (*method.factors, "head") if config["model"]["head"] == "trained" else method.factors
+    kept = [part for part in trained if part in method.local]
+    if not kept:
+        return []
+    return [words.KEPT.format(parts=" and ".join(kept)), "" if guarantee_of(record).flaws else words.KEPT_IS_PAID_FOR]
 
 
 def _post_processing(record: Record) -> str:

@@ -134,6 +134,14 @@ STAYED = """\
 Records, their labels and their fingerprints; losses, gradients and their norms; the sizes of the batches that were
 really drawn; sums and counts without noise; the keys of sampling and noise; the ledger of a site with a policy."""
 
+KEPT = """\
+Of what was trained, each site keeps its own {parts}. Where all sites ran in one process their models lie under
+`personal/` in this folder; otherwise each is at its site."""
+
+KEPT_IS_PAID_FOR = """\
+Gradients of what a site keeps were clipped and noised together with the others, so that the ε above has paid for them:
+whoever is given a site's own model learns no more of its records than that ε allows."""
+
 NOISE_SOURCE = {
     "host": "Batches and normal numbers (float64) come from ChaCha20, a cipher, under a key of 256 bits that the "
     "operating system gave to the site and that never left its memory; a fresh stream for every site and round.",

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from fedlora.adapters.dam import Selection
 from fedlora.config import RunConfig
-from fedlora.experiments.record import guarantee_of
+from fedlora.experiments.record import guarantee_of, shown_metric
 from fedlora.experiments.terminal import print_rows, shown_bytes, shown_epsilon
 from fedlora.federation.server import RoundReport
 from fedlora.privacy.units import Guarantee
@@ -85,10 +85,10 @@ class TerminalProgress:
 def print_result(folder: Path) -> None:
     """Summary of a finished run from its record, which is what counts."""
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    guarantee, metric = guarantee_of(record), record["metric"]
+    guarantee = guarantee_of(record)
     found, choice = record.get("private_evaluation"), record.get("selection")
     rows = {
-        metric["name"]: f"{metric['value']:.4f} on public {metric['split']}",
+        record["metric"]["name"]: shown_metric(record),
         **({"private accuracy": shown_evaluation(found)} if found else {}),
         "guarantee": str(guarantee),
         "not covered": guarantee.not_covered,
@@ -96,16 +96,19 @@ def print_result(folder: Path) -> None:
         "traffic": f"{shown_bytes(record['bytes_up'])} up, {shown_bytes(record['bytes_down'])} down",
         "time": f"{record['wall_seconds']:.0f} s, {shown_bytes(record['peak_memory_bytes'])} peak memory",
         "run folder": str(folder),
-        "use it": f'fedlora predict {shlex.quote(str(_ready(folder)))} "some text"',
+        "use it": _used(folder, record),
     }
     if guarantee.flaws:
         del rows["not covered"]
     print_rows(rows)
 
 
-def _ready(folder: Path) -> Path:
-    """Where a whole model lies: one site's, where each keeps a part to itself."""
-    return next(iter(sorted((folder / "personal").glob("client-*"))), folder)
+def _used(folder: Path, record: Mapping[str, Any]) -> str:
+    """What to do next with a whole model: one site's, where each keeps a part to itself."""
+    if record["metric"].get("of") == "shared":
+        return "no whole model is here: each site has its own, which its daemon exports after the last round"
+    ready = next(iter(sorted((folder / "personal").glob("client-*"))), folder)
+    return f'fedlora predict {shlex.quote(str(ready))} "some text"'
 
 
 def shown_evaluation(found: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ def make_record(
 
     Args:
         clients: the public facts that the sites reported.
+        metric: name, value, split and what it is of (`Evaluator.measured`).
         model_digest: of the base model's weights, `ModelSource.digest`.
         privacy: `privacy_facts`.
         selection: `Selection.to_json`; None where no modules were to be chosen.
@@ -72,6 +73,20 @@ def guarantee_of(record: Mapping[str, Any]) -> Guarantee:
     """The guarantee that a record states, as it was made or as read from JSON, where ∞ is the text "inf"."""
     stated = record["privacy"]["guarantee"]
     return Guarantee(**{**stated, "epsilon": float(stated["epsilon"])})
+
+
+def shown_metric(record: Mapping[str, Any]) -> str:
+    """The headline of a record in words: on what, and of which model where that is not the one in the folder."""
+    metric = record["metric"]
+    return f"{metric['value']:.4f} on public {metric.get('split', 'data')}{_OF[metric.get('of', 'global')]}"
+
+
+_OF = {
+    "global": "",
+    "own": ", the mean over the sites' own models (personal/); adapter/ has the part alone that they share",
+    "shared": ", of the part alone that the sites share: what each keeps for itself is zero in adapter/",
+}
+"""What is said of `metric.of`, which old records do not have."""
 
 
 def peak_memory_bytes() -> int:

@@ -369,6 +369,7 @@ def _finish(
             "name": evaluator.headline,
             "value": metrics[evaluator.headline],
             "split": next(iter(evaluator.splits)),
+            "of": evaluator.measured(sites),
         },
         metrics=metrics,
         private_evaluation=_private_evaluation(config, workbench, rounds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,9 @@ from fedlora.evaluation import glue_metrics
 from fedlora.federation.shelf import Shelf
 from fedlora.federation.site import Site
 from fedlora.federation.workbench import Workbench
+
+Measured = Literal["global", "own", "shared"]
+"""The one model of all | the mean over the sites' own | the part that they share, with zeros for what each keeps."""
 
 
 class Evaluator:
@@ -43,10 +47,16 @@ class Evaluator:
         Args:
             sites: of this process. Where they live elsewhere nobody sees their models, and `theta` alone is measured.
         """
-        if not (self._workbench.method.local and sites):
+        if self.measured(sites) != "own":
             return self(theta)
         found = [self(personal_theta(self._workbench, theta, site)) for site in sites]
         return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
+
+    def measured(self, sites: Sequence[Site]) -> Measured:
+        """Which model the metrics of `of_sites` are of."""
+        if not self._workbench.method.local:
+            return "global"
+        return "own" if sites else "shared"
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
         """Metrics of `theta` [P], the headline of the first split first; further splits are prefixed by their name."""

@@ -73,7 +73,7 @@ def norm_bound(moves: Tensor, bound: float | None) -> Tensor:
 def _require(rule: str, got: int, wanted: int, attackers: int) -> None:
     if got < wanted:
         raise FedloraError(
-            f"federation.aggregator = {rule} withstands {attackers} attackers among at least {wanted} clients, but "
+            f"federation.aggregator = {rule} is to withstand {attackers} among at least {wanted} clients, but "
             f"{got} answered usably; the others' own logs say why. Go on with the run when they are back, or start one "
             "with a lower federation.attackers"
         )

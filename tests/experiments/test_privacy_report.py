@@ -324,6 +324,15 @@ def test_a_private_evaluation_is_a_phase_like_any_other(make_run: MakeRun) -> No
     assert sum(vector["bytes"] * vector["updates"] for vector in released.values()) == record["bytes_up"]
 
 
+@pytest.mark.parametrize(("epsilon", "paid"), [("6", True), ("inf", False)])
+def test_what_a_method_has_sites_keep_is_named_and_paid_for_only_where_noise_is(
+    make_run: MakeRun, epsilon: str, paid: bool
+) -> None:
+    report, _ = done(make_run("adapter.method=fedsa", "model.head=trained", f"privacy.epsilon={epsilon}"))
+    assert "each site keeps its own B and head." in report
+    assert ("whoever is given a site's own model learns no more" in report) == paid
+
+
 def test_noise_and_post_processing_are_those_of_the_run(make_run: MakeRun) -> None:
     plain, record = done(make_run())
     assert "ChaCha20, a cipher" in plain

@@ -129,8 +129,10 @@ def record(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def print_of(**changes: Any) -> str:
-        (tmp_path / "record.json").write_text(json.dumps(record(**changes)))
+    def print_of(*, measured: str = "global", **changes: Any) -> str:
+        finished = record(**changes)
+        finished["metric"]["of"] = measured
+        (tmp_path / "record.json").write_text(json.dumps(finished))
         print_result(tmp_path)
         return capfd.readouterr().out
 
@@ -142,6 +144,12 @@ def test_the_result_is_the_records_guarantee_and_what_it_leaves_out(result: Call
     assert "guarantee    ε = 5.997 at δ = 1e-05 for one record of one site (add/remove), by PLD accounting\n" in out
     assert "not covered  several records of one person" in out
     assert not CONTROL.search(out)
+
+
+def test_no_model_is_offered_where_each_site_has_its_own_elsewhere(result: Callable[..., str]) -> None:
+    out = result(measured="shared")
+    assert "of the part alone that the sites share" in out
+    assert "fedlora predict" not in out
 
 
 def test_in_a_file_every_fact_is_one_line(result: Callable[..., str], tmp_path: Path) -> None:

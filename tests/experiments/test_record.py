@@ -85,7 +85,7 @@ def test_the_promised_keys_are_there(make_record: MakeRecord) -> None:
         "clients",
         "privacy",
     } <= record.keys()
-    assert record["metric"].keys() == {"name", "value", "split"}
+    assert record["metric"].keys() == {"name", "value", "split", "of"}
     for client in record["clients"]:
         assert {
             "client",

@@ -16,17 +16,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fedlora
 from fedlora.config import RunConfig
+from fedlora.data.glue import load_records
 from fedlora.errors import BudgetRefused, RunFolderError, RunInterrupted
 from fedlora.experiments import simulate as module
+from fedlora.experiments.progress import print_result
 from fedlora.experiments.run_folder import RunFolder
 from fedlora.experiments.simulate import resume, simulate
 from fedlora.federation.shelf import Shelf
 from fedlora.privacy.ledger import Ledger
+from fedlora.randomness import PublicSeed
 
 MakeRun = Callable[..., RunConfig]
 # `fedlora`, also where the shell that started us ignores interrupts, as it does for background jobs.
@@ -144,6 +148,29 @@ def test_the_adapter_is_ready_for_fedlora_and_for_plain_peft(make_run: MakeRun, 
         theirs = plain(**batch).last_hidden_state
         ours = classifier.classifier.network(**batch).last_hidden_state
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_where_each_site_keeps_a_part_its_own_model_is_measured_and_said_to_be(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_run("adapter.method=fedsa", "privacy.epsilon=inf", "training.learning_rate=2.0")
+    path = simulate(config, Silent())
+    record = json.loads((path / "record.json").read_text())
+    seed = PublicSeed.from_int(config.run.seed)
+    public, right = load_records("sst2", "generated", "validation", generated_records=240, seed=seed), []
+    for client in range(3):
+        own = path / "personal" / f"client-{client}"
+        assert f"client-{client}'s own" in (own / "README.md").read_text()
+        ranked = fedlora.load(own).logits(*public.texts).argmax(dim=1)
+        right.append(np.mean(ranked.numpy() == public.labels))
+    assert record["metric"]["of"] == "own"
+    assert record["metric"]["value"] == pytest.approx(np.mean(right), abs=0.01)
+    print_result(path)
+    shown = capsys.readouterr().out
+    for text in (shown, (path / "adapter" / "README.md").read_text()):
+        assert "the mean over the sites' own models" in text
+    assert "personal/client-0" in shown
+    assert "each site keeps its own B." in (path / "PRIVACY.md").read_text()
 
 
 # --- stopping and going on -------------------------------------------------------------------------------------------

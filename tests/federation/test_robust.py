@@ -160,5 +160,5 @@ def test_what_all_agree_on_is_taken(rule: str) -> None:
 @pytest.mark.parametrize(("rule", "least"), [(trimmed_mean, 5), (multi_krum, 7)])
 def test_too_few_for_the_promise_are_refused(rule: Callable[[Tensor, int], Tensor], least: int) -> None:
     assert rule(random_moves(least), 2).isfinite().all()
-    with pytest.raises(FedloraError, match=rf"2 attackers among at least {least} clients, but {least - 1} answered"):
+    with pytest.raises(FedloraError, match=rf"withstand 2 among at least {least} clients, but {least - 1} answered"):
         rule(random_moves(least - 1), 2)

@@ -191,6 +191,9 @@ class Norm:
     def of_sites(self, theta: torch.Tensor, sites: Any) -> dict[str, float]:
         return self(theta)
 
+    def measured(self, sites: Any) -> str:
+        return "global"
+
 
 @pytest.mark.parametrize("rounds", [3, 4], ids=["the only one", "the first of two"])
 def test_the_first_round_with_the_chosen_modules_is_asked_for_again_and_the_choice_stands(

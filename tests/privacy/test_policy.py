@@ -438,12 +438,14 @@ def test_no_refusal_tells_a_size_that_stays(hospital: Hospital, declared: int) -
     hospital.write_policy(("max_epsilon", f"public_size = {declared}\nmax_epsilon"))
     message = refused(hospital.ask(f"training.expected_batch_size={declared + 1}"), code=2)
     assert str(declared) in message
-    assert str(RECORDS) not in message
+    assert str(RECORDS) not in message.replace(str(hospital.folder), ""), "a test's own folder has numbers in its name"
     hospital.write_policy(("max_delta = 1e-3", "max_delta = 0.005"), ("max_epsilon", "public_size = 150\nmax_epsilon"))
     for delta in ("0.0049", "0.0047", "1e-5"):  # 1/n = 0.00474
         message = refused(hospital.ask(f"privacy.delta={delta}"))
         assert "max_delta" in message
-        assert str(RECORDS) not in message
+        assert str(RECORDS) not in message.replace(str(hospital.folder), ""), (
+            "a test's own folder has numbers in its name"
+        )
     assert (hospital.runs, hospital.charged()) == ([], 0)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.config import RunConfig
-from fedlora.experiments.record import guarantee_of
+from fedlora.experiments.record import guarantee_of, shown_metric
 from fedlora.experiments.runs.differences import Difference, code_apart, from_defaults, results_apart, settings_apart
 from fedlora.experiments.runs.stored_run import StoredRun
 from fedlora.experiments.terminal import one_line, print_rows, shown_bytes, shown_epsilon, shown_spent
@@ -67,7 +67,7 @@ def _heading(run: StoredRun) -> dict[str, str]:
     if (charged := run.epsilon_spent) is not None and charged > guarantee.epsilon:
         rows["charged"] = f"ε = {shown_epsilon(charged)}, with rounds that died and were done anew"
     metric = run.record["metric"]
-    rows[metric["name"]] = f"{metric['value']:.4f} on public {metric.get('split', 'data')}"
+    rows[metric["name"]] = shown_metric(run.record)
     others = {name: value for name, value in run.record.get("metrics", {}).items() if name != metric["name"]}
     return rows | {name: f"{value:.4f}" for name, value in others.items()}
 
