@@ -131,7 +131,8 @@ def _spectra(
             gram.addmm_(rows, rows.T)
     if not grams.isfinite().all():
         raise ModelError("gradients of public texts are not finite under this model; set model.dtype=float32")
-    spectra: Tensor = torch.linalg.eigvalsh(grams.cpu() / (count * len(targets)))
+    # One by one: in a batch, a matrix' eigenvalues round by its place (seen on an AMD CPU).
+    spectra = torch.stack([torch.linalg.eigvalsh(gram) for gram in grams.cpu() / (count * len(targets))])
     return spectra.clamp_(min=0.0)  # rounding takes a zero to either side
 
 
