@@ -4,11 +4,15 @@ Each record gets its own copy E_i of its client's slot as a leaf of the graph. T
 E, so autograd's dLoss/dE is the stack of per-record gradients. Clients are fused by copying different rows of theta;
 padding, ragged Poisson batches and K = 1 are the same code. For a factor of LoRA this costs what the summed gradient
 costs (2 N T d r operations either way).
+
+Copies have the dtype of the frozen weight they stand beside, so that a client's slot is rounded once and not once for
+each of its records. In bfloat16 a record's gradient is therefore a bfloat16 number, whatever is done with it later:
+clipping takes its length as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ from fedlora.models import Classifier
 class ExpandedLoraLinear(Replacement):
     """y = base(x) + scale * x A_iᵀ B_iᵀ with factors A_i [r, d_in] and B_i [d_out, r] of each record i.
 
-    A factor that is no slot is frozen and the same for all.
+    A factor that is no slot is frozen and the same for all. All are in the dtype of the base's weight.
     """
 
     def __init__(self, base: nn.Linear, frozen: Mapping[str, Tensor], scale: float) -> None:
@@ -59,17 +63,19 @@ class PlainLoraLinear(ExpandedLoraLinear):
     """The same by torch's own differentiation: for `torch.func.vmap`, and what the other is tested against."""
 
     def _adapted(self, rows: Tensor) -> Tensor:
-        outer, inner = (self._factor(name, len(rows)).to(rows.dtype) for name in ("B", "A"))
+        outer, inner = (self._factor(name, len(rows)) for name in ("B", "A"))
         return torch.baddbmm(self.base(rows), rows @ inner.transpose(1, 2), outer.transpose(1, 2), alpha=self.scale)
 
 
 class ExpandedCoreLinear(ExpandedLoraLinear):
-    """y = base(x) + scale * x Aᵀ R_iᵀ Bᵀ with frozen A and B and one R_i [r, r] per record."""
+    """y = base(x) + scale * x A_iᵀ R_iᵀ B_iᵀ with one R_i [r, r] per record too."""
 
     def _adapted(self, rows: Tensor) -> Tensor:
-        core = self.expanded["R"].to(rows.dtype)
-        inner = torch.bmm(rows @ self._frozen["A"].T, core.transpose(1, 2))
-        return torch.add(self.base(rows), inner @ self._frozen["B"].T, alpha=self.scale)
+        adapted = rows
+        for factor in ("A", "R", "B"):
+            own = self.expanded.get(factor)
+            adapted = adapted @ (self._frozen[factor].T if own is None else own.transpose(1, 2))
+        return torch.add(self.base(rows), adapted, alpha=self.scale)
 
 
 class ExpandedLinear(Replacement):
@@ -161,23 +167,27 @@ class ExpandedBackend:
         self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
     ) -> list[Tensor]:
         expanded, leaves = [], []
-        for slot in self.layout.slots:
-            rows = self.layout.view(theta, slot)
+        for slot, rows in zip(self.layout.slots, self._rows(theta), strict=True):
             value = _copies(rows[:1] if turn and slot.part in turn.common else rows, owner)
             if turn is None or slot.part in turn.parts:
                 leaves.append(value.requires_grad_())
             expanded.append(value)
         loss = record_losses(self._forward(self._traced, expanded, batch), labels).sum()
-        return [gradient.flatten(1) for gradient in torch.autograd.grad(loss, leaves)]
+        return [gradient.flatten(1).float() for gradient in torch.autograd.grad(loss, leaves)]
 
     @torch.no_grad()
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
         count = len(batch["input_ids"])
-        rows = [self.layout.view(theta, slot).expand(count, *slot.shape) for slot in self.layout.slots]
-        return self._forward(self.classifier, rows, batch)
+        expanded = [rows.expand(count, *rows.shape[1:]) for rows in self._rows(theta[None])]
+        return self._forward(self.classifier, expanded, batch)
 
     def detach(self) -> None:
         self._attachment.undo()
+
+    def _rows(self, theta: Tensor) -> Iterator[Tensor]:
+        """[K, *shape] of each slot, in the dtype of the weights that it stands beside."""
+        for slot, (modules, _) in zip(self.layout.slots, self._users, strict=True):
+            yield self.layout.view(theta, slot).to(modules[0].base.weight.dtype)
 
     def _forward(self, forward: Callable[[Batch], Tensor], expanded: list[Tensor], batch: Batch) -> Tensor:
         self._attachment.confirm()

@@ -27,15 +27,15 @@ class LoraFunction(torch.autograd.Function):
         """Output and u.
 
         Args:
-            x: [N, T, d_in].
+            x: [N, T, d_in], of the dtype of all the others.
             outer: [N, d_out, r], one B per record; with a first stride of 0 where all records have the same.
             inner: [N, r, d_in], one A per record; likewise.
             weight: [d_out, d_in], frozen.
             bias: [d_out], frozen, or None.
             scale: of the low-rank part.
         """
-        output, u = F.linear(x, weight, bias), _times(x, _as(inner, x.dtype).transpose(1, 2))
-        _add(output, u, _as(outer, u.dtype).transpose(1, 2), scale)
+        output, u = F.linear(x, weight, bias), _times(x, inner.transpose(1, 2))
+        _add(output, u, outer.transpose(1, 2), scale)
         return output, u
 
     @staticmethod
@@ -51,14 +51,14 @@ class LoraFunction(torch.autograd.Function):
         for_input, for_outer, for_inner = ctx.needs_input_grad[:3]
         back = of_outer = of_inner = None
         if for_outer:
-            of_outer = torch.bmm(gradient.transpose(1, 2), u).to(outer.dtype).mul_(ctx.scale)
+            of_outer = _scaled_product(gradient.transpose(1, 2), u, ctx.scale)
         if for_input or for_inner:
-            low = _times(gradient, _as(outer, gradient.dtype))  # [N, T, r]
+            low = _times(gradient, outer)  # [N, T, r]
         if for_inner:
-            of_inner = torch.bmm(low.transpose(1, 2), x).to(inner.dtype).mul_(ctx.scale)
+            of_inner = _scaled_product(low.transpose(1, 2), x, ctx.scale)
         if for_input:
             back = gradient @ weight
-            _add(back, low, _as(inner, gradient.dtype), ctx.scale)
+            _add(back, low, inner, ctx.scale)
         return back, of_outer, of_inner, None, None, None
 
 
@@ -75,9 +75,10 @@ def _add(total: Tensor, rows: Tensor, factors: Tensor, scale: float) -> None:
         total.baddbmm_(rows, factors, alpha=scale)
 
 
-def _as(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factors` in `dtype`; one that all records share is converted once."""
-    return factors[:1].to(dtype).expand_as(factors) if _common(factors) else factors.to(dtype)
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale times each record's product of `left` [N, m, t] and `right` [N, t, n], [N, m, n], rounded once."""
+    out = left.new_empty(len(left), left.shape[1], right.shape[2])
+    return out.baddbmm_(left, right, beta=0, alpha=scale)
 
 
 def _common(factors: Tensor) -> bool:

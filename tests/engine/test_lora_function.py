@@ -44,14 +44,13 @@ def test_it_is_what_torch_would_do(
     shape: tuple[int, ...], common: tuple[str, ...], bias: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     base = nn.Linear(INPUTS, OUTPUTS, bias=bias).to(dtype).requires_grad_(False)
-    x, factors = made(*shape, seed=4).to(dtype), factors_of(4, common=common)
+    x, factors = made(*shape, seed=4).to(dtype), factors_of(4, common=common, dtype=dtype)
     ours, torchs = (derivatives(kind, base, x, factors) for kind in (ExpandedLoraLinear, PlainLoraLinear))
     for found, wanted in zip(ours, torchs, strict=True):
         assert found.shape == wanted.shape
         assert found.dtype == wanted.dtype
         scale = wanted.abs().max().item()
         assert (found - wanted).abs().max().item() <= tolerance * scale
-    assert {part.dtype for part in ours[2:]} == {torch.float32}, "what is clipped is float32 whatever the base is"
 
 
 @pytest.mark.parametrize("trained", ["A", "B"])
