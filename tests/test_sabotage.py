@@ -577,6 +577,12 @@ LIES = {
         planted="        mean += layout.view(theta, b)",
         checks=(f"{_METHODS}::test_an_exact_methods_model_is_the_mean_of_the_clients_models",),
     ),
+    "fed_sb_svd forgets what its outer factors have learnt": Lie(
+        file="fedlora/federation/merging.py",
+        sound="layout.view(remade, core).copy_(values.diag())",
+        planted="layout.view(remade, core).copy_(torch.eye(layout.rank))",
+        checks=(f"{_METHODS}::test_an_exact_methods_model_is_the_mean_of_the_clients_models",),
+    ),
     "flora forgets a client": Lie(
         file="fedlora/adapters/methods/products.py",
         sound="    return torch.cat(weighted, dim=1), torch.cat([inner.double() for inner in inners])\n",

@@ -15,7 +15,9 @@ from fedlora.schema import shown
 
 _MIX_RANKS = ("flora", "flexlora", "hetlora")
 _READ_BY = {
-    "rate_of_a": ("lora", "rolora", "la_lora", "fedex", "fedsa", "flora", "flexlora", "hetlora"),  # which train A
+    # which train A
+    "rate_of_a": ("lora", "rolora", "la_lora", "fedex", "fedsa", "flora", "flexlora", "hetlora", "fed_sb_svd"),
+    "rate_of_r": ("fed_sb_svd",),
     "svd_split": ("ffa_svd",),
     "svd_every": ("ffa_svd",),
     "subspace": ("fed_sb",),
@@ -23,7 +25,7 @@ _READ_BY = {
 """Keys of [adapter] that only some methods look at."""
 _OF_EACH = ("fedex", "flora", "flexlora")
 """Methods whose server looks at each client's own factors."""
-_REMAKE = ("ffa_svd", *_OF_EACH)
+_REMAKE = ("ffa_svd", "fed_sb_svd", *_OF_EACH)
 """Methods whose server makes other factors of the clients' products: a coordinate is not the same next round."""
 
 
@@ -114,6 +116,11 @@ def _check_method(
         raise ConfigError(
             "adapter.method = la_lora trains B and A in turn within a round, and federation.local_steps = 1 leaves "
             "none for A; set it to at least 2, or use adapter.method=rolora"
+        )
+    if method == "fed_sb_svd" and federation.rounds < 3:
+        raise ConfigError(
+            "adapter.method = fed_sb_svd looks for its outer factors in two rounds, and federation.rounds = "
+            f"{federation.rounds} leaves none for R; set it to at least 3, or use adapter.method=fed_sb"
         )
 
 
@@ -212,12 +219,13 @@ def _check_client_unit(
     if adapter.method in _OF_EACH:
         raise ConfigError(
             f"adapter.method = {adapter.method} makes its model of each client's own factors, which under privacy.unit "
-            "= client nobody may see but as a noised mean; use ffa, ffa_svd, rolora, lora or fed_sb"
+            "= client nobody may see but as a noised mean; use ffa, ffa_svd, rolora, lora, fed_sb or fed_sb_svd"
         )
     if adapter.method == "fedsa":
         raise ConfigError(
             "adapter.method = fedsa leaves B at each client, trained without noise under privacy.unit = client, and "
-            "whatever is made of it later would tell of the client; use ffa, ffa_svd, rolora, lora or fed_sb"
+            "whatever is made of it later would tell of the client; "
+            "use ffa, ffa_svd, rolora, lora, fed_sb or fed_sb_svd"
         )
     if not _LEAST_MOVE <= privacy.client_clip_norm <= _LONGEST_MOVE:
         raise ConfigError(

@@ -9,7 +9,18 @@ from fedlora.errors import ConfigError
 from fedlora.schema import Section, setting, shown
 
 Method = Literal[
-    "ffa", "lora", "rolora", "la_lora", "ffa_svd", "fed_sb", "fedex", "fedsa", "flora", "flexlora", "hetlora"
+    "ffa",
+    "lora",
+    "rolora",
+    "la_lora",
+    "ffa_svd",
+    "fed_sb",
+    "fed_sb_svd",
+    "fedex",
+    "fedsa",
+    "flora",
+    "flexlora",
+    "hetlora",
 ]
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
@@ -41,6 +52,7 @@ class AdapterConfig(Section, section="adapter"):
         "", 'of the clients, over and over in this order, for flora, flexlora and hetlora: "8, 4"; empty: all have rank'
     )
     rate_of_a: float = setting(1.0, "learning rate of A over that of B, where a method trains A", above=0)
+    rate_of_r: float = setting(1.0, "learning rate of R over that of B, where a method trains both", above=0)
     svd_split: Literal["orthonormal", "balanced"] = setting(
         "orthonormal", "of ffa_svd: singular values go to B | their roots to both factors"
     )
@@ -76,6 +88,11 @@ class AdapterConfig(Section, section="adapter"):
     gate_learning_rate: float = setting(1.0, "of the gates of select = bilevel", above=0)
     mask: str = setting("", "file with the choice itself, for select = mask: a selection.json, or a list of modules")
     probe_texts: str = setting("", "file of public texts by line for select = probe; empty: generated ones")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates of factors, over that of B and of everything else."""
+        return {"A": self.rate_of_a, "R": self.rate_of_r}
 
     @property
     def planned_warmup_rounds(self) -> int:

@@ -7,7 +7,7 @@ un-noised one cannot escape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -52,8 +52,8 @@ class Division:
 
     layout: AdapterLayout
     turns: tuple[Turn, ...]
-    rate_of_a: float = 1.0
-    """Learning rate of A over that of everything else."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates of parts over that of the call; 1 where nothing is said."""
 
     @property
     def trained(self) -> Parts:
@@ -104,7 +104,7 @@ def train(
     rows = theta.repeat(len(jobs), 1) if theta.dim() == 1 else theta.clone()
     # A parameter for each part, a view of `rows`: an optimiser leaves alone what has no gradient in a step.
     parameters = [{part: nn.Parameter(row[division.layout.span(part)]) for part in division.trained} for row in rows]
-    optimizer = make_optimizer(training, learning_rate, _groups(parameters, learning_rate, division.rate_of_a))
+    optimizer = make_optimizer(training, learning_rate, _groups(parameters, learning_rate, division.rates))
     for own, job in zip(parameters, jobs, strict=True):
         for part, parameter in own.items():
             if state := _state_of(part, job.optimizer_state or {}):
@@ -180,12 +180,11 @@ def _undivided(backend: GradientBackend) -> Division:
     return Division(layout, (Turn(layout.parts),))
 
 
-def _groups(parameters: Sequence[dict[str, nn.Parameter]], rate: float, rate_of_a: float) -> list[dict[str, Any]]:
-    """Parameters by part, as torch's optimisers take them; a rate of its own for A."""
-    return [
-        {"params": [own[part] for own in parameters], "lr": rate * (rate_of_a if part == "A" else 1.0)}
-        for part in parameters[0]
-    ]
+def _groups(
+    parameters: Sequence[dict[str, nn.Parameter]], rate: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameters by part, as torch's optimisers take them, each part with its own rate."""
+    return [{"params": [own[part] for own in parameters], "lr": rate * rates.get(part, 1.0)} for part in parameters[0]]
 
 
 def _state_of(part: str, state: OptimizerState) -> OptimizerState:

@@ -48,6 +48,7 @@ def noise_config(config: RunConfig, num_rounds: int) -> RunConfig:
         "training.weight_decay=0.0",
         "training.noise_filter=none",
         "adapter.rate_of_a=1.0",
+        "adapter.rate_of_r=1.0",
         "federation.wire_dtype=float32",
         *LONE_SERVER,
     )

@@ -195,7 +195,8 @@ class _Auditor:
         bench, start, division = self.bench, move.start, self.bench.division(move.entry)
         # a step goes against the gradient; the rate is divided out, so that all rounds and parts count alike
         moved = (start - move.end) / move.entry.learning_rate
-        moved[bench.layout.positions(("A",)).to(start.device)] /= division.rate_of_a
+        for part, rate in division.rates.items():
+            moved[bench.layout.positions((part,)).to(start.device)] /= rate
         bench.folded.add(None if move.folded is None else move.folded.to(start.device))
         return self._shares(self._clipped_gradients(start, division.turns), moved)
 

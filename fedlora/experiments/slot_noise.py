@@ -152,7 +152,7 @@ def _variances(
                 total = math.fsum(_noise_std(known[client], size) ** 2 for client in answered)
                 steps = len(range(place, entry.num_steps, len(division.turns)))
                 for part in set(turn.parts) - set(workbench.method.local):
-                    rate = division.rate_of_a if part == "A" else 1.0
+                    rate = division.rates.get(part, 1.0)
                     variances[entry.phase][part] += steps * (share * rate) ** 2 * total
     return variances
 

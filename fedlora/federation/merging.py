@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.methods.layout import frozen_factor
-from fedlora.adapters.methods.products import stacked, truncated
+from fedlora.adapters.methods.products import singular, stacked, truncated
 from fedlora.adapters.slots import AdapterLayout, Slot
 from fedlora.federation.aggregation import client_weights
 from fedlora.federation.messages import ClientUpdate
@@ -68,6 +68,8 @@ def merge(
     theta = optimizer.step(before.theta, reached, sent)
     if method == "ffa_svd" and (entry.index + 1) % bench.config.adapter.svd_every == 0:
         return replace(before, theta=_refactored(bench, theta))
+    if method == "fed_sb_svd" and "R" not in bench.sent_parts(entry):
+        return replace(before, theta=_outer_factors(bench, theta, entry))
     if method in ("fedex", "flora", "flexlora"):
         ordered = sorted(whole, key=lambda update: update.client)
         clients = [update.vector for update in ordered], client_weights(ordered, federation).tolist()
@@ -102,6 +104,28 @@ def _refactored(bench: Workbench, theta: Tensor) -> Tensor:
             )
             layout.view(remade, b).copy_(outer)
             layout.view(remade, a).copy_(inner)
+    return remade
+
+
+def _outer_factors(bench: Workbench, theta: Tensor, entry: ScheduledRound) -> Tensor:
+    """The same products B R A with what has been learnt of directions: after B's round in B, after A's in A too.
+
+    A range finder with one step of power iteration (Halko, Martinsson and Tropp 2011, algorithm 4.3) on what two rounds
+    have moved: B sees the gradient through a random A, then A sees it through orthonormal columns of B. What the rounds
+    have learnt is kept, as R or, until A has had its round, in A.
+    """
+    layout, remade = bench.layout, theta.clone()
+    slots = {slot.name: slot for slot in layout.slots}
+    for name in bench.places:
+        outer, core, inner = (slots[f"{name}/{part}"] for part in "BRA")
+        product = layout.view(theta, outer), layout.view(theta, core) @ layout.view(theta, inner)
+        columns, values, rows = singular(*product, layout.rank)
+        layout.view(remade, outer).copy_(columns)
+        if "A" in bench.sent_parts(entry):
+            layout.view(remade, core).copy_(values.diag())
+            layout.view(remade, inner).copy_(rows)
+        else:
+            layout.view(remade, inner).copy_(values[:, None] * rows)
     return remade
 
 

@@ -69,7 +69,7 @@ class Workbench:
     shapes: Shapes
     """How private records are cut into micro-batches for this back end."""
     initial_theta: Tensor
-    """[P] float32: B = 0 (or R), so that training starts at the base model; A and a trained head are random."""
+    """[P] float32: B = 0 (or R alone), so that training starts at the base model; A and a trained head are random."""
     folded: FoldedBase
     """The frozen weights of what is adapted, to which a method may add."""
     footprints: dict[str, Footprint] = field(default_factory=dict, repr=False)
@@ -136,7 +136,7 @@ class Workbench:
 
     def division(self, entry: ScheduledRound) -> Division:
         """What the steps of the round `entry` train."""
-        return Division(self.layout, entry.turns or (Turn(self.layout.parts),), self.config.adapter.rate_of_a)
+        return Division(self.layout, entry.turns or (Turn(self.layout.parts),), self.config.adapter.rates)
 
     def active(self, client: int) -> Tensor | None:
         """Coordinates that `client` has, [P] bool; None for all."""
@@ -280,7 +280,7 @@ def _attach(
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear], factors: Mapping[str, Tensor]) -> Tensor:
-    """B and R at zero, A and a trained head at their random values."""
+    """The product of the factors at zero, A and a trained head at their random values."""
     theta = torch.zeros(layout.size)
     modules = {f"head:{path}": module for path, module in heads.items()}
     for slot in layout.slots:
@@ -289,6 +289,8 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear], factor
             layout.view(theta, slot).copy_(getattr(modules[path], suffix).detach())
         elif slot.part == "A":
             layout.view(theta, slot).copy_(factors[path])
+        elif slot.part == "R" and "B" in layout.parts:  # B is at zero, and its gradient should not be
+            layout.view(theta, slot).fill_diagonal_(1.0)
     return theta
 
 

@@ -55,6 +55,12 @@ REFUSALS = {  # by case: settings, the reason in the message, and what more of s
     "rank beyond": ("adapter.method=hetlora adapter.ranks='9,4'", "from 1 to adapter.rank = 8", "adapter.rank=9"),
     "A is frozen": ("adapter.rate_of_a=2", "does not look at it", "adapter.method=rolora"),
     "R alone": ("adapter.method=fed_sb adapter.rate_of_a=2", "does not look at it", "adapter.rate_of_a=1"),
+    "R without B": ("adapter.method=fed_sb adapter.rate_of_r=2", "use fed_sb_svd", "adapter.rate_of_r=1"),
+    "no round for R": (
+        "adapter.method=fed_sb_svd federation.rounds=2",
+        "leaves none for R",
+        "federation.rounds=3",
+    ),
     "divides nothing": ("adapter.svd_every=2", "use ffa_svd", "adapter.method=ffa_svd"),
     "splits nothing": ("adapter.svd_split=balanced adapter.method=lora", "use ffa_svd", "adapter.method=ffa_svd"),
     "trains no R": ("adapter.subspace=weights", "use fed_sb", "adapter.method=fed_sb model.dtype=float32"),
@@ -159,7 +165,7 @@ CLIENT = ("privacy.unit=client", "model.head=frozen")
 SHARED = (*CLIENT, "privacy.client_noise=shared", "federation.minimum_clients=3")
 
 
-@pytest.mark.parametrize("method", ["ffa", "ffa_svd", "rolora", "la_lora", "lora", "hetlora", "fed_sb"])
+@pytest.mark.parametrize("method", ["ffa", "ffa_svd", "rolora", "la_lora", "lora", "hetlora", "fed_sb", "fed_sb_svd"])
 def test_methods_whose_server_needs_no_more_than_a_mean_can_protect_clients(method: str) -> None:
     for settings in (CLIENT, SHARED):
         config = RunConfig().with_overrides(*settings, f"adapter.method={method}")

@@ -284,6 +284,7 @@ GOES_WITH = {  # of keys whose other value is refused by itself
     "probe_texts": ("adapter.select=probe",),
     "ranks": ("adapter.method=hetlora",),
     "rate_of_a": ("adapter.method=lora",),
+    "rate_of_r": ("adapter.method=fed_sb_svd",),
     "svd_split": ("adapter.method=ffa_svd",),
     "svd_every": ("adapter.method=ffa_svd",),
     "subspace": ("adapter.method=fed_sb", "model.dtype=float32"),

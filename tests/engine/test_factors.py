@@ -33,6 +33,10 @@ TURNS: dict[str, tuple[str, Turn | None]] = {
     "B of a remade A": ("ffa_svd", Turn(("B",), ("A",))),
     "R, random": ("fed_sb", Turn(("R",))),
     "R, from weights": ("fed_sb subspace=weights", Turn(("R",))),
+    "R, B and A for all": ("fed_sb_svd", Turn(("R",), ("B", "A"))),
+    "B of three factors": ("fed_sb_svd", Turn(("B",), ("R", "A"))),
+    "A of three factors": ("fed_sb_svd", Turn(("A",), ("R", "B"))),
+    "R, B and A": ("fed_sb_svd", None),
 }
 
 

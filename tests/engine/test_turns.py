@@ -81,9 +81,9 @@ LAYOUT = wide_layout()
 
 def noise_alone(phase: PhasePlan, turns: Sequence[Turn], **how: Any) -> TrainedRow:
     """Of a client without records."""
-    settings: dict[str, Any] = {"num_steps": len(turns), "learning_rate": 0.5, "training": SGD, "rate_of_a": 1.0}
+    settings: dict[str, Any] = {"num_steps": len(turns), "learning_rate": 0.5, "training": SGD, "rates": {}}
     settings |= how
-    division = Division(LAYOUT, tuple(turns), settings.pop("rate_of_a"))
+    division = Division(LAYOUT, tuple(turns), settings.pop("rates"))
     job = job_of(phase, NOBODY, active=settings.pop("active", None))
     backend = Silent(LAYOUT)
     start = settings.pop("theta", torch.zeros(LAYOUT.size))
@@ -193,7 +193,7 @@ def test_every_coordinate_that_is_trained_gets_all_of_the_noise_and_no_other_any
 ) -> None:
     """1,800 numbers a part at least: a share of 0.1 of the deviation is six of its own."""
     sigma, clip_norm, rate, turns = 1.7, 0.3, 0.5, STEPS[steps]
-    row = noise_alone(make_phase(0.3, sigma, clip_norm), turns, learning_rate=rate, rate_of_a=rate_of_a)
+    row = noise_alone(make_phase(0.3, sigma, clip_norm), turns, learning_rate=rate, rates={"A": rate_of_a})
     for part in LAYOUT.parts:
         number = sum(part in turn.parts for turn in turns)
         own = row.theta[LAYOUT.span(part)].double()

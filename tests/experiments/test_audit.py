@@ -45,7 +45,7 @@ from fedlora.randomness import SecretRoot
 
 BATCH = 8
 TRAINED = {
-    name: {part for number in (0, 1) for turn in method.turns(number, head=False) for part in turn.parts}
+    name: {part for number in (0, 1, 2) for turn in method.turns(number, head=False) for part in turn.parts}
     for name, method in METHODS.items()
 }
 RECIPE = RunConfig.from_mapping(

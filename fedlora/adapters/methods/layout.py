@@ -1,7 +1,7 @@
 """Slots of a method at some modules, and the factors that nobody trains: drawn from the public seed, never sent.
 
 PEFT's convention: W x + (alpha/r) B A x with A [r, d_in] and B [d_out, r]. B starts at zero, so that training starts at
-the base model; `fed_sb` has a third factor, B R A, which starts at zero instead.
+the base model; `fed_sb` has a third factor, B R A, which starts at zero instead (in `fed_sb_svd` at the identity).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def frozen_parts(
         layout: of the method.
         places: that it was built for.
     """
-    if "R" in layout.parts:
+    if factors_in(layout) == ("R",):
         found = {
             name: subspace(seed, name, modules[paths[0]].weight, layout.rank, kind) for name, paths in places.items()
         }

@@ -14,6 +14,7 @@ slots, whose per-record gradients are clipped together. Knows no torch.
     flexlora  A and B            products cut to a rank        FlexLoRA, arXiv 2402.11505
     hetlora   A and B            averaged, zeros where smaller HetLoRA, arXiv 2401.06432
     fed_sb    R of W + B R A     A and B frozen                Fed-SB, arXiv 2502.15436
+    fed_sb_svd  B, A, then R     A and B of what was learnt    Fed-SB's start, in two charged rounds; FedSVD's division
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ def _always(*factors: str) -> Callable[[int], tuple[Parts, ...]]:
     return lambda number: (factors,)
 
 
+def _outer_factors_first(number: int) -> tuple[Parts, ...]:
+    return ((("B",), ("A",))[number] if number < OUTER_ROUNDS else ("R",),)
+
+
+OUTER_ROUNDS = 2
+"""Training rounds in which `fed_sb_svd` looks for its outer factors, one for each."""
+
 METHODS = {
     "ffa": Method(factors=("B",), trains=_always("B"), exact=True),
     "ffa_svd": Method(factors=("B", "A"), trains=_always("B"), exact=True),
@@ -74,6 +82,7 @@ METHODS = {
     "flexlora": Method(factors=("B", "A"), trains=_always("B", "A"), exact=False),
     "hetlora": Method(factors=("B", "A"), trains=_always("B", "A"), exact=False),
     "fed_sb": Method(factors=("R",), trains=_always("R"), exact=True),
+    "fed_sb_svd": Method(factors=("R", "B", "A"), trains=_outer_factors_first, exact=True),
 }
 
 
