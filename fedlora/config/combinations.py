@@ -89,6 +89,11 @@ def _check_method(
             f"adapter.ranks = {shown(adapter.ranks)} names {len(adapter.client_ranks)} ranks for "
             f"federation.clients = {federation.clients}; leave some out"
         )
+    if adapter.ranks and (largest := max(adapter.client_ranks)) < adapter.rank:
+        raise ConfigError(
+            f"adapter.ranks = {shown(adapter.ranks)}, but no client has adapter.rank = {adapter.rank}, which the server "
+            f"keeps and the scale divides by; set adapter.rank={largest}"
+        )
     untouched = AdapterConfig()
     for key, readers in _READ_BY.items():
         if (value := getattr(adapter, key)) != getattr(untouched, key) and method not in readers:

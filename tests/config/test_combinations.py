@@ -53,6 +53,7 @@ REFUSALS = {  # by case: settings, the reason in the message, and what more of s
     ),
     "ranks of nobody": ("adapter.method=hetlora adapter.ranks='8,4,2,1'", "names 4 ranks for", "federation.clients=4"),
     "rank beyond": ("adapter.method=hetlora adapter.ranks='9,4'", "from 1 to adapter.rank = 8", "adapter.rank=9"),
+    "rank of nobody": ("adapter.method=hetlora adapter.ranks='4,2'", "no client has", "adapter.rank=4"),
     "A is frozen": ("adapter.rate_of_a=2", "does not look at it", "adapter.method=rolora"),
     "R alone": ("adapter.method=fed_sb adapter.rate_of_a=2", "does not look at it", "adapter.rate_of_a=1"),
     "R without B": ("adapter.method=fed_sb adapter.rate_of_r=2", "use fed_sb_svd", "adapter.rate_of_r=1"),

@@ -296,7 +296,7 @@ GOES_WITH = {  # of keys whose other value is refused by itself
     "client_clip_norm": ("model.head=frozen", "privacy.unit=client"),
     "client_noise": ("model.head=frozen", "privacy.unit=client", "federation.minimum_clients=3"),
 }
-VALUES = {"partition": "dirichlet", "ranks": "4", "attackers": 1}
+VALUES = {"partition": "dirichlet", "ranks": "8", "attackers": 1}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -299,7 +299,7 @@ def test_beyond_a_smaller_rank_all_stays_zero(make_phase: Any, optimizer: Any, n
 def test_a_smaller_rank_changes_no_sensitivity_and_loses_no_signal(
     make_bench: Any, random_records: Any, make_phase: Any, method: str
 ) -> None:
-    bench = make_bench(f"adapter.method={method}", "adapter.ranks='2'", "model.head=trained", "privacy.epsilon=inf")
+    bench = make_bench(f"adapter.method={method}", "adapter.ranks='2,4'", "model.head=trained", "privacy.epsilon=inf")
     dataset, active = random_records(LENGTHS), bench.active(0)
     theta = random_theta(bench.layout, 1)[0] * active
     sums = []
