@@ -91,8 +91,8 @@ def _check_method(
         )
     if adapter.ranks and (largest := max(adapter.client_ranks)) < adapter.rank:
         raise ConfigError(
-            f"adapter.ranks = {shown(adapter.ranks)}, but no client has adapter.rank = {adapter.rank}, which the server "
-            f"keeps and the scale divides by; set adapter.rank={largest}"
+            f"adapter.ranks = {shown(adapter.ranks)}, but no client has adapter.rank = {adapter.rank}, which the "
+            f"server keeps and the scale divides by; set adapter.rank={largest}"
         )
     untouched = AdapterConfig()
     for key, readers in _READ_BY.items():
