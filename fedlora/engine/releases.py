@@ -6,8 +6,9 @@ host from the client's own stream, which lets go of Python's lock: clients can d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ def privatize_all(
         for clients in sharing.values():
             release(clients)
     else:
-        with ThreadPoolExecutor(max_workers=threads) as pool:
+        with _one_thread_each(), ThreadPoolExecutor(max_workers=threads) as pool:
             list(pool.map(release, sharing.values()))  # a list, so that what one of them raises is raised here
     return [released[client] for client in range(len(totals))]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Python threads that start within do torch's operations alone; each would start a team of its own for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +21,16 @@ def sources(count: int) -> list[NoiseSource]:
     return [HostNoise(root.numpy("noise", client)) for client in range(count)]
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 4])
-def test_the_bits_of_one_after_another(make_phase: Any, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_the_bits_of_one_after_another(make_phase: Any, set_threads: Callable[[int], None], threads: int) -> None:
+    set_threads(threads)
     phases = [make_phase(0.5, 1.0 + client, 0.1) for client in range(9)]
     totals = torch.randn(9, 100, dtype=torch.float64)
     wanted = [
@@ -30,6 +38,7 @@ def test_the_bits_of_one_after_another(make_phase: Any, monkeypatch: pytest.Monk
         for phase, total, source in zip(phases, totals, sources(9), strict=True)
     ]
     found = privatize_all(phases, totals, sources(9), SIZES)
+    assert torch.get_num_threads() == threads
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
@@ -44,7 +53,9 @@ def test_clients_that_share_a_stream_draw_in_turn(make_phase: Any, streams: int)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-def test_a_failure_is_raised_and_nothing_returned(make_phase: Any) -> None:
+def test_a_failure_is_raised_and_nothing_returned(make_phase: Any, set_threads: Callable[[int], None]) -> None:
+    set_threads(3)
+
     class Broken:
         def standard_normal(self, count: int, device: torch.device) -> torch.Tensor:
             return torch.zeros(count - 1, dtype=torch.float64)
@@ -52,3 +63,4 @@ def test_a_failure_is_raised_and_nothing_returned(make_phase: Any) -> None:
     phase, totals = make_phase(0.5, 1.0, 0.1), torch.zeros(3, 100, dtype=torch.float64)
     with pytest.raises(PrivacyError, match="noise of shape"):
         privatize_all([phase] * 3, totals, [*sources(2), Broken()], SIZES)
+    assert torch.get_num_threads() == 3
