@@ -113,7 +113,7 @@ def _not_exact(config: RunConfig) -> str:
     return ""
 
 
-_REMADE = ("ffa_svd", "flora", "flexlora")
+_REMADE = ("ffa_svd", "fed_sb_svd", "flora", "flexlora")
 """Methods whose server leaves no factor as the mean of the clients' factors."""
 
 

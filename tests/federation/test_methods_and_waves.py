@@ -19,7 +19,7 @@ from fedlora.federation.prefixes import prefix_cache
 
 UPPER = "adapter.target_modules='1.attention.self.query,1.attention.self.value'"
 RUN = (UPPER, "privacy.accountant=rdp", "federation.local_steps=6", "engine.token_budget=128")
-KEEP = [name for name in METHODS if name not in ("ffa_svd", "fedex", "flora", "flexlora")]
+KEEP = [name for name in METHODS if name not in ("ffa_svd", "fed_sb_svd", "fedex", "flora", "flexlora")]
 
 
 class OneProcess:
