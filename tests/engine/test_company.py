@@ -351,7 +351,7 @@ def test_every_turn_of_a_run_is_looked_at() -> None:
         assert bool(found) == agree
 
 
-IN_TURN = {"rolora": ("B", "A"), "la_lora": ("B", "A"), "ffa_svd": ("B",)}
+IN_TURN = {"rolora": ("B", "A"), "la_lora": ("B", "A"), "ffa_svd": ("B",), "fed_sb_svd": ("B", "A", "R")}
 
 
 @pytest.mark.parametrize("method", METHODS)
