@@ -20,7 +20,7 @@ from fedlora.adapters.slots import Slot
 from fedlora.config import RunConfig
 from fedlora.data.encode import encode
 from fedlora.data.glue import Records
-from fedlora.experiments.audit_training import LONE_SERVER, MOST_ROUNDS, Advance, without_search
+from fedlora.experiments.audit_training import LONE_SERVER, Advance, audited_rounds, without_search
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.messages import RoundInstruction
 from fedlora.federation.schedule import ScheduledRound, make_schedule
@@ -39,11 +39,11 @@ _NONE = np.empty(0, np.int64)
 
 
 def noise_config(config: RunConfig, num_rounds: int) -> RunConfig:
-    """The recipe for `SITES` sites that do all of at most `MOST_ROUNDS` of its `num_rounds` rounds, in plain steps."""
+    """The recipe for `SITES` sites that do all of its `audited_rounds`, in plain steps."""
     return without_search(config).with_overrides(
         f"federation.clients={SITES}",
         "federation.participation=1.0",
-        f"federation.rounds={min(num_rounds, MOST_ROUNDS)}",
+        f"federation.rounds={audited_rounds(config, num_rounds)}",
         "training.optimizer=sgd",
         "training.weight_decay=0.0",
         "training.noise_filter=none",

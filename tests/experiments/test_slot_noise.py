@@ -185,7 +185,7 @@ def test_slots_are_placed_in_the_model(run: Run) -> None:
         (("adapter.method=fed_sb_svd",), "adapter.method = fed_sb_svd"),
         (("adapter.method=flora",), "adapter.method = flora"),
         (("adapter.method=flexlora",), "adapter.method = flexlora"),
-        (("adapter.method=hetlora", "adapter.ranks='8,4'"), "adapter.ranks = 8,4"),
+        (("adapter.method=hetlora", "adapter.ranks='128,4'"), "adapter.ranks = 128,4"),
         (("federation.aggregator=median",), "federation.aggregator = median"),
         (("federation.weights=public_size",), "federation.weights = public_size"),
         (("federation.server_optimizer=adam",), "federation.server_optimizer = adam"),

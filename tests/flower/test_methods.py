@@ -26,7 +26,7 @@ def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(config: RunConfig, method: str, epsilon: str) -> RunConfig:
-    ranks = ["adapter.ranks=4,2"] if method in ("flora", "flexlora", "hetlora") else []
+    ranks = ["adapter.ranks=8,4"] if method in ("flora", "flexlora", "hetlora") else []
     return config.with_overrides(
         f"adapter.method={method}", f"privacy.epsilon={epsilon}", "federation.rounds=3", "federation.local_steps=2",
         "training.learning_rate=0.2", *ranks,
