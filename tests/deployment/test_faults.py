@@ -135,9 +135,12 @@ def test_a_server_app_killed_before_its_checkpoint_asks_nobody_again(
     many_public_records = "data.generated_records=6000"
     first = deployment.submit("server", many_public_records)
     first.until(lambda lines: len(lines) == 1)
-    answers = first.folder.path / "answers"
+    answers, at_work = (
+        first.folder.path / "answers",
+        deployment.server_app(),
+    )  # to look for it takes a busy machine long
     wait_for(lambda: len([*answers.glob("1-*.safetensors")]) == 3, on=first)
-    end(deployment.server_app())
+    end(at_work)
     stopwatch.begin()
     assert len(first.folder.read_rounds()) == 1, "killed in time"
     second = deployment.submit("server", many_public_records)
