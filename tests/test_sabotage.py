@@ -577,6 +577,12 @@ LIES = {
         planted="        mean += layout.view(theta, b)",
         checks=(f"{_METHODS}::test_an_exact_methods_model_is_the_mean_of_the_clients_models",),
     ),
+    "R has no rate of its own": Lie(
+        file="fedlora/config/sections.py",
+        sound='"R": self.rate_of_r',
+        planted='"R": 1.0',
+        checks=("tests/federation/test_outer_factors.py::test_r_moves_at_its_own_rate",),
+    ),
     "fed_sb_svd forgets what its outer factors have learnt": Lie(
         file="fedlora/federation/merging.py",
         sound="layout.view(remade, core).copy_(values.diag())",

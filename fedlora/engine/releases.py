@@ -41,18 +41,22 @@ def privatize_all(
             released[client] = phases[client].privatize(totals[client], noise=noise[client], slot_sizes=slot_sizes)
 
     threads = min(len(sharing), torch.get_num_threads())
-    if threads == 1:
-        for clients in sharing.values():
-            release(clients)
-    else:
-        with _one_thread_each(), ThreadPoolExecutor(max_workers=threads) as pool:
-            list(pool.map(release, sharing.values()))  # a list, so that what one of them raises is raised here
+    with _one_thread_each():
+        if threads == 1:
+            for clients in sharing.values():
+                release(clients)
+        else:
+            with ThreadPoolExecutor(max_workers=threads) as pool:
+                list(pool.map(release, sharing.values()))  # a list, so that what one of them raises is raised here
     return [released[client] for client in range(len(totals))]
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Python threads that start within do torch's operations alone; each would start a team of its own for them."""
+    """Within, and in Python threads that start there, torch works without a team.
+
+    Each thread would start one of its own, and a low-pass projection rounds by how many there are.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

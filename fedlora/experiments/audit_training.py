@@ -46,7 +46,7 @@ Advance = Callable[[int], None]
 
 
 def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
-    """The recipe for one site alone, with at most `MOST_ROUNDS` of its `num_rounds` rounds."""
+    """The recipe for one site alone, with as many of its `num_rounds` rounds as are audited."""
     return without_search(config).with_overrides(
         "federation.clients=1",
         "federation.participation=1.0",
@@ -57,8 +57,8 @@ def small_config(config: RunConfig, num_rounds: int) -> RunConfig:
 
 
 def audited_rounds(config: RunConfig, num_rounds: int) -> int:
-    """At most `MOST_ROUNDS` of a site's `num_rounds`; so many in any case where a method trains R in the third only."""
-    return MOST_ROUNDS if config.adapter.method == "fed_sb_svd" else min(num_rounds, MOST_ROUNDS)
+    """At most `MOST_ROUNDS` of a site's `num_rounds`; under fed_sb_svd always three, as R is trained in the third."""
+    return 3 if config.adapter.method == "fed_sb_svd" else min(num_rounds, MOST_ROUNDS)
 
 
 LONE_SERVER = (

@@ -17,7 +17,7 @@ from fedlora.adapters.methods.layout import frozen_factor
 from fedlora.adapters.methods.products import singular, stacked, truncated
 from fedlora.adapters.slots import AdapterLayout, Slot
 from fedlora.federation.aggregation import client_weights
-from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.messages import LARGEST_VALUE, ClientUpdate
 from fedlora.federation.schedule import ScheduledRound
 from fedlora.federation.server_optimizer import ServerOptimizer
 from fedlora.federation.workbench import Workbench
@@ -107,12 +107,17 @@ def _refactored(bench: Workbench, theta: Tensor) -> Tensor:
     return remade
 
 
+_LARGEST = LARGEST_VALUE / 2
+"""Singular values that R can hold and move on from. Together they are as long as a factor of many numbers."""
+
+
 def _outer_factors(bench: Workbench, theta: Tensor, entry: ScheduledRound) -> Tensor:
     """The same products B R A with what has been learnt of directions: after B's round in B, after A's in A too.
 
-    A range finder with one step of power iteration (Halko, Martinsson and Tropp 2011, algorithm 4.3) on what two rounds
-    have moved: B sees the gradient through a random A, then A sees it through orthonormal columns of B. What the rounds
-    have learnt is kept, as R or, until A has had its round, in A.
+    The two passes of a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.1), loosely, as training
+    goes on between them: B sees the gradient through a random A, then A sees it through orthonormal columns of B. What
+    the rounds have learnt is kept, as R or, until A has had its round, in A; where these would not fit into a
+    message, B and A are longer than orthonormal ones.
     """
     layout, remade = bench.layout, theta.clone()
     slots = {slot.name: slot for slot in layout.slots}
@@ -120,6 +125,8 @@ def _outer_factors(bench: Workbench, theta: Tensor, entry: ScheduledRound) -> Te
         outer, core, inner = (slots[f"{name}/{part}"] for part in "BRA")
         product = layout.view(theta, outer), layout.view(theta, core) @ layout.view(theta, inner)
         columns, values, rows = singular(*product, layout.rank)
+        longer = (values.max() / _LARGEST).clamp(min=1.0).sqrt()
+        columns, values, rows = columns * longer, values / longer**2, rows * longer
         layout.view(remade, outer).copy_(columns)
         if "A" in bench.sent_parts(entry):
             layout.view(remade, core).copy_(values.diag())

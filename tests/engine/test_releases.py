@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from fedlora.engine.releases import privatize_all
 from fedlora.errors import PrivacyError
 from fedlora.privacy.noise import HostNoise, NoiseSource
+from fedlora.privacy.projection import LowPass
 from fedlora.randomness import SecretRoot
 
 SIZES = (30, 70)
@@ -64,3 +66,17 @@ def test_a_failure_is_raised_and_nothing_returned(make_phase: Any, set_threads: 
     with pytest.raises(PrivacyError, match="noise of shape"):
         privatize_all([phase] * 3, totals, [*sources(2), Broken()], SIZES)
     assert torch.get_num_threads() == 3
+
+
+def test_a_projection_rounds_as_it_does_for_a_client_alone(make_phase: Any, set_threads: Callable[[int], None]) -> None:
+    """Of large slots it rounds by how many threads it has."""
+    size = 24_576
+    phase = replace(make_phase(0.5, 1.0, 0.1), projection=LowPass(0.5))
+    totals = torch.randn(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    set_threads(4)
+    both = privatize_all([phase] * 2, totals, sources(2), [size])
+    alone = [
+        privatize_all([phase], total[None], [source], [size])[0]
+        for total, source in zip(totals, sources(2), strict=True)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(both, alone, strict=True))

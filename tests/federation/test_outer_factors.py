@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.methods import Turn
+from fedlora.federation.merging import _outer_factors
+from fedlora.federation.messages import LARGEST_VALUE
 
 SETTINGS = (
     "adapter.method=fed_sb_svd",
@@ -74,6 +76,9 @@ def test_they_see_more_of_the_gradient_than_random_ones(make_federation: Any) ->
     federation = make_federation(*SETTINGS)
     bench = federation.workbench
     learnt = rounds_of(federation)[2]
+    for slot in bench.layout.slots:
+        if slot.part == "R":  # so that all gradients are those of the base model
+            bench.layout.view(learnt, slot).zero_()
     draw = torch.Generator().manual_seed(0)
     random = []
     for _ in range(8):
@@ -86,3 +91,31 @@ def test_they_see_more_of_the_gradient_than_random_ones(make_federation: Any) ->
                 view.copy_(torch.linalg.qr(torch.randn(slot.shape[::-1], generator=draw))[0].T)
         random.append(pull(federation, theta))
     assert pull(federation, learnt) > 1.5 * max(random)
+
+
+def test_r_moves_at_its_own_rate(make_federation: Any) -> None:
+    def moved(*more: str) -> Tensor:
+        federation = make_federation(*SETTINGS, *more)
+        _, _, before, after = rounds_of(federation)
+        return (after - before)[federation.workbench.layout.positions(("R",))]
+
+    torch.testing.assert_close(moved("adapter.rate_of_r=0.01", "federation.local_steps=1"),
+                               0.01 * moved("federation.local_steps=1"), rtol=1e-3, atol=1e-5)  # fmt: skip
+
+
+def test_what_singular_values_hold_together_is_nothing_that_a_site_would_refuse(make_federation: Any) -> None:
+    """A singular value is as long as a factor of many numbers, each of which may be sent."""
+    federation = make_federation(*SETTINGS)
+    bench, draw = federation.workbench, torch.Generator().manual_seed(0)
+    theta = federation.start().theta.clone()
+    for entry, part in zip(bench.schedule, "BA", strict=False):
+        for slot in bench.layout.slots:
+            if slot.part == part:
+                bench.layout.view(theta, slot).copy_((4 * torch.randn(slot.shape, generator=draw)).clamp(-9, 9))
+        made = _outer_factors(bench, theta, entry)
+        assert made.abs().max() <= LARGEST_VALUE
+        for name, own in factors_of(bench, theta).items():
+            product, wanted = (found["B"] @ found["R"] @ found["A"] for found in (factors_of(bench, made)[name], own))
+            assert torch.linalg.matrix_norm(wanted, 2) > LARGEST_VALUE
+            assert (product - wanted).norm() <= 1e-5 * wanted.norm()
+        theta = made

@@ -63,13 +63,6 @@ def _always(*factors: str) -> Callable[[int], tuple[Parts, ...]]:
     return lambda number: (factors,)
 
 
-def _outer_factors_first(number: int) -> tuple[Parts, ...]:
-    return ((("B",), ("A",))[number] if number < OUTER_ROUNDS else ("R",),)
-
-
-OUTER_ROUNDS = 2
-"""Training rounds in which `fed_sb_svd` looks for its outer factors, one for each."""
-
 METHODS = {
     "ffa": Method(factors=("B",), trains=_always("B"), exact=True),
     "ffa_svd": Method(factors=("B", "A"), trains=_always("B"), exact=True),
@@ -82,7 +75,7 @@ METHODS = {
     "flexlora": Method(factors=("B", "A"), trains=_always("B", "A"), exact=False),
     "hetlora": Method(factors=("B", "A"), trains=_always("B", "A"), exact=False),
     "fed_sb": Method(factors=("R",), trains=_always("R"), exact=True),
-    "fed_sb_svd": Method(factors=("R", "B", "A"), trains=_outer_factors_first, exact=True),
+    "fed_sb_svd": Method(factors=("R", "B", "A"), trains=lambda number: (("BAR"[min(number, 2)],),), exact=True),
 }
 
 
