@@ -41,7 +41,7 @@ def privatize_all(
             released[client] = phases[client].privatize(totals[client], noise=noise[client], slot_sizes=slot_sizes)
 
     threads = min(len(sharing), torch.get_num_threads())
-    with _one_thread_each():
+    with one_thread():
         if threads == 1:
             for clients in sharing.values():
                 release(clients)
@@ -52,10 +52,10 @@ def privatize_all(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Within, and in Python threads that start there, torch works without a team.
 
-    Each thread would start one of its own, and a low-pass projection rounds by how many there are.
+    Each thread would start one of its own, and what is rounded may depend on how many there are.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedlora.config import RunConfig
+from fedlora.engine.releases import one_thread
 from fedlora.errors import FedloraError
 from fedlora.experiments.sweeps.duration import PROCESS_SECONDS, Workload, run_seconds, workload_of
-from fedlora.experiments.sweeps.speed import Speed, one_thread, speed_of
+from fedlora.experiments.sweeps.speed import Speed, speed_of
 from fedlora.experiments.sweeps.sweep import Cell
 from fedlora.experiments.terminal import one_line, shown_epsilon, shown_seconds
 from fedlora.federation.protection import client_level_of
@@ -58,7 +59,7 @@ def forecast(cells: Sequence[Cell], shelf: Shelf, on_cell: Callable[[Forecast], 
         on_cell: called with each as soon as it is known.
     """
     forecaster, found = _Forecaster(shelf), []
-    with one_thread():
+    with one_thread():  # as a worker of a sweep computes
         for cell in cells:
             found.append(forecaster.of(cell))
             if on_cell is not None:

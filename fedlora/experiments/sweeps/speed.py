@@ -5,10 +5,9 @@ On a CPU in the thread's own time, so that what else the machine does meanwhile 
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,17 +46,6 @@ class Speed:
     forward_token: float
     release: float
     """One client's Gaussian noise of one step; that of other mechanisms takes a little longer."""
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """As a worker of a sweep computes, so that what is chosen and measured here is what it will do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def speed_of(config: RunConfig, phase: PhasePlan, shelf: Shelf) -> Speed:
