@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from fedlora.config import RunConfig
 from fedlora.data.encode import EncodedDataset
@@ -20,6 +21,8 @@ from fedlora.privacy.mechanisms.gaussian import GaussianMechanism
 from fedlora.privacy.phases import FINETUNE
 from fedlora.privacy.plan import PhasePlan
 from fedlora.privacy.sampling import PoissonSampler
+
+settings.load_profile("ci")  # the same examples everywhere, and no deadline that a busy machine would miss
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = ["a", "the", "film", "plot", "cast", "was", "is", "it", "good", "bad", "fine", "dull", "long", "very", "but"]

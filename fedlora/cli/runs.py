@@ -214,7 +214,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         "method": [row["method"] or "" for row in rows],
         "ε spent": [_spent(row) for row in rows],
         "value": ["" if row["value"] is None else f"{row['value']:.4f}" for row in rows],
-        "metric": [row["metric"] or "" for row in rows],
+        "metric": [_metric(row) for row in rows],
         "time": ["" if row["wall_seconds"] is None else f"{row['wall_seconds']:.0f} s" for row in rows],
         "status": [_status(row) for row in rows],
     }
@@ -235,6 +235,12 @@ def _spent(row: dict[str, Any]) -> str:
         return "unknown, not ended" if row["status"] == "unfinished" else ""
     spent = shown_spent(row["epsilon_spent"], row["status"])
     return f"not private ({spent})" if row["private"] == 0 and spent != "∞" else spent  # its noise was seeded
+
+
+def _metric(row: dict[str, Any]) -> str:
+    """Its name and, where that is not the run's one model, whose it is."""
+    of = {"own": ", own models", "shared": ", shared part"}.get(row["metric_of"], "")
+    return f"{row['metric'] or ''}{of}"
 
 
 def _status(row: dict[str, Any]) -> str:

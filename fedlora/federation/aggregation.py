@@ -118,8 +118,8 @@ def weighted_mean(vectors: Tensor, weights: Tensor) -> Tensor:
     return total.float()
 
 
-def outlying(updates: Sequence[ClientUpdate], theta: Tensor, num_weights: int) -> list[int]:
-    """Clients whose vector no site would take back as a global state, or that moved absurdly far from `theta`.
+def outlying(updates: Sequence[ClientUpdate], theta: Tensor, num_weights: int) -> dict[int, str]:
+    """Clients whose vector no site would take back as a global state, or that moved absurdly far from `theta`; and why.
 
     A safety net against broken or blunt clients, not robust aggregation: within the bounds one of K clients still moves
     the mean by TIMES_AS_FAR / K median moves.
@@ -129,11 +129,16 @@ def outlying(updates: Sequence[ClientUpdate], theta: Tensor, num_weights: int) -
         theta: what it started from; as the updates' vectors, [P] or, in a bilevel search, [P + M].
         num_weights: P.
     """
-    too_large = {update.client for update in updates if update.vector[:num_weights].abs().max() > LARGEST_VALUE}
+    largest = {update.client: float(update.vector[:num_weights].abs().max()) for update in updates}
     moves = {update.client: float((update.vector - theta).norm()) for update in updates}
-    bound = TIMES_AS_FAR * statistics.median(moves.values()) if moves else 0.0
-    too_far = {client for client, move in moves.items() if move > bound > 0}
-    return sorted(too_large | too_far)
+    usual = statistics.median(moves.values()) if moves else 0.0
+    found: dict[int, str] = {}
+    for client, move in moves.items():
+        if largest[client] > LARGEST_VALUE:
+            found[client] = f"a value of {largest[client]:g}, beyond ±{LARGEST_VALUE:g}"
+        elif move > TIMES_AS_FAR * usual > 0:
+            found[client] = f"a move of length {move:g}, over {TIMES_AS_FAR:g} times the median client's {usual:g}"
+    return found
 
 
 def _ordered(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:

@@ -265,7 +265,8 @@ class Server:
             else:
                 updates[update.client] = update
         if entry.phase in TRAINING and self.client_level is None:  # else one client's share would depend on another's
-            for client in self._outlying([*updates.values()], instruction, entry, theta):
+            for client, why in self._outlying([*updates.values()], instruction, entry, theta).items():
+                logger.warning("client %d left out of round %d: %s", client, entry.index, why)
                 del updates[client]
                 failures[client] = "outlier"
         return list(updates.values()), {client: code for client, code in failures.items() if client not in updates}
@@ -280,7 +281,7 @@ class Server:
 
     def _outlying(
         self, updates: Sequence[ClientUpdate], instruction: RoundInstruction, entry: ScheduledRound, theta: Tensor
-    ) -> list[int]:
+    ) -> dict[int, str]:
         if not entry.turns:
             return outlying(updates, instruction.theta, self.workbench.layout.size)
         whole = [replace(update, vector=padded(self.workbench, entry, update, theta)) for update in updates]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedlora.adapters.methods import layout as layouts
-from fedlora.errors import AdapterError
+from fedlora.errors import AdapterError, ConfigError
 from fedlora.randomness import PublicSeed
 
 SEED = PublicSeed.from_int(5)
@@ -97,3 +97,11 @@ def test_slots_come_in_the_order_of_places_and_both_must_fit() -> None:
 def test_places_that_no_model_can_have_are_refused(places: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         layouts.build_layout(MODULES, {}, places=places, rank=2, alpha=1.0)
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "fed_sb_svd"])
+def test_an_r_with_more_directions_than_a_module_has_is_refused(method: str) -> None:
+    places = {"0.query": ("0.query",), "1.up": ("1.up",)}
+    layouts.build_layout(MODULES, {}, places=places, rank=3, alpha=1.0, method=method)
+    with pytest.raises(ConfigError, match=r"adapter.rank = 4 is above the smaller side of 1.up \(3x6\)"):
+        layouts.build_layout(MODULES, {}, places=places, rank=4, alpha=1.0, method=method)

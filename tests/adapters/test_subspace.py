@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters.methods.layout import Subspace, subspace
-from fedlora.errors import ConfigError
 from fedlora.randomness import PublicSeed
 
 SEED = PublicSeed.from_int(3)
@@ -67,9 +66,3 @@ def test_random_ones_are_the_seeds_and_the_modules_own() -> None:
     ):
         assert not torch.allclose(first[0], other[0])
         assert not torch.allclose(first[1], other[1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_directions_than_there_are_is_refused(kind: Subspace) -> None:
-    with pytest.raises(ConfigError, match=r"adapter.rank = 10 is above the smaller side of m \(12x9\)"):
-        subspace(SEED, "m", weight(), 10, kind)

@@ -78,7 +78,7 @@ def refusal(*overrides: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- notations
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(CONFIGS)
 def test_toml_gives_back_the_same_config(config: RunConfig) -> None:
     import tomllib
@@ -86,7 +86,7 @@ def test_toml_gives_back_the_same_config(config: RunConfig) -> None:
     assert RunConfig.from_mapping(tomllib.loads(config.to_toml())) == config
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(CONFIGS)
 def test_flower_gives_back_the_same_config_as_scalars(config: RunConfig) -> None:
     flat = config.to_flower()
@@ -234,7 +234,7 @@ def test_the_largest_file_is_read(tmp_path: Path) -> None:
     assert RunConfig.from_toml(recipe) == RunConfig()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([(s, f.name) for s, section in SECTIONS.items() for f in dataclasses.fields(section)]),
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.lists(st.integers()), st.just({})),

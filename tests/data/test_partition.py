@@ -34,7 +34,7 @@ def check_dealt(parts: list[np.ndarray], clients: int, size: int) -> None:
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     task=st.sampled_from(["sst2", "mnli"]),
     strategy=st.sampled_from(["iid", "dirichlet"]),
@@ -52,7 +52,7 @@ def test_random_partitions_are_disjoint_and_covering(
     check_dealt(partition(config, clients, records_of(labels), PublicSeed.from_int(seed)), clients, size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=6))
 def test_any_positive_matrix_is_dealt_out(rows: list[tuple[int, ...]]) -> None:
     matrix = ";".join(",".join(map(str, row)) for row in rows)

@@ -141,7 +141,7 @@ def test_only_the_sites_own_records_are_read(bench: Workbench, random_records: A
     assert torch.equal(class_sums(bench.classifier, other, own, layout, Shapes(50)), before)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 4), st.floats(0.5, 50.0))
 def test_the_head_is_the_gaussian_classifier_of_the_class_means(seed: int, classes: int, temperature: float) -> None:
     layout, draw = prototype_layout(classes, 6), torch.Generator().manual_seed(seed)
@@ -169,7 +169,7 @@ def test_a_head_of_hopeless_noise_is_still_finite() -> None:
 MOST_CLASSES = max(task.num_labels for task in TASKS.values())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 10_000),
     classes=st.integers(2, MOST_CLASSES),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from itertools import permutations
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor
 from fedlora.config.sections import FederationConfig
 from fedlora.errors import ProtocolError
 from fedlora.federation import robust
-from fedlora.federation.aggregation import TIMES_AS_LARGE, aggregate, client_weights, uniform_mean, weighted_mean
+from fedlora.federation.aggregation import (
+    TIMES_AS_LARGE,
+    aggregate,
+    client_weights,
+    outlying,
+    uniform_mean,
+    weighted_mean,
+)
 from fedlora.federation.messages import ClientUpdate
 
 
@@ -186,3 +194,16 @@ def test_who_does_not_tell_its_size_is_named_with_what_to_do(size: int | None) -
     with pytest.raises(ProtocolError, match=r"client 1 tells .*its site can make it public.*weights=uniform"):
         aggregate(updates, torch.zeros(2), BY_SIZE)
     assert aggregate(updates, torch.zeros(2), config()).isfinite().all()
+
+
+def test_an_outlier_is_named_with_the_bound_that_it_broke() -> None:
+    start, vectors = torch.ones(6), 1.0 + 0.01 * random_vectors(6, 6)
+    assert outlying(updates_of(vectors), start, 6) == {}
+    vectors[1, 5] = -10.5
+    vectors[4] = 9.0
+    found = outlying(updates_of(vectors), start, 6)
+    assert found[1] == "a value of 10.5, beyond ±10"
+    assert re.fullmatch(r"a move of length 19\.\d+, over 50 times the median client's 0\.0\d+", found[4])
+    assert found.keys() == {1, 4}
+    assert outlying(updates_of(vectors), start, 5).keys() == {1, 4}, "beyond P it is a far move all the same"
+    assert outlying([], start, 6) == {}

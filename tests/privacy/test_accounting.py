@@ -89,7 +89,7 @@ def test_unsampled_gaussian_is_the_analytic_one(sigma: float, steps: int) -> Non
     assert exact * (1 - 1e-9) <= price <= exact * (1 + 1e-3)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(CHARGES)
 def test_monotone(charge: Charge) -> None:
     q, sigma, steps = charge.sampling_probability, charge.noise_multiplier, charge.num_steps
@@ -214,7 +214,7 @@ def test_rounding_for_print_never_flatters(value: float) -> None:
 KINDS = st.lists(CHARGES, min_size=0, max_size=3)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(KINDS, st.lists(CHARGES, min_size=1, max_size=2))
 def test_paying_by_round_costs_what_all_costs_together(earlier: list[Charge], new: list[Charge]) -> None:
     from dp_accounting.pld import PLDAccountant
@@ -229,7 +229,7 @@ def test_paying_by_round_costs_what_all_costs_together(earlier: list[Charge], ne
     assert epsilon_with([*earlier, *new], [], DELTA) == pytest.approx(price, rel=1e-3)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(KINDS, CHARGES, st.sampled_from([0.2, 0.9, 0.97, 0.99, 0.998, 1.002, 1.01, 1.2, 3.0]))
 def test_a_bound_that_is_enough_decides_as_the_exact_one(earlier: list[Charge], new: Charge, share: float) -> None:
     """Never granted above the limit; and never refused more than a thousandth below it."""

@@ -28,7 +28,7 @@ def contributions(clipping: Clipping, rows: Tensor, widths: tuple[int, ...] = ()
     return total
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ROWS, st.sampled_from(KINDS), st.floats(1e-3, 1e3))
 def test_no_contribution_is_longer_than_the_clip_norm(values: np.ndarray, kind: Kind, clip_norm: float) -> None:
     added = contributions(Clipping(kind, clip_norm), torch.from_numpy(values))

@@ -228,7 +228,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("inf") | st.just("../x")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(sorted(VALUES)), st.just(None), max_size=5), st.data())
 def test_whatever_it_is_configured_as_no_answer_has_too_little_noise(
     desk: Desk, asking: Asking, site_folder: SiteFolder, keys: dict[str, None], data: st.DataObject
@@ -280,7 +280,7 @@ def desk_of_half(half: SiteFolder) -> Iterator[Desk]:
     opened.close()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(sorted(VALUES)), st.just(None), max_size=3), st.data())
 def test_no_code_and_no_fact_tells_how_many_records_there_are(
     desk_of_half: Desk, desk: Desk, asking: Asking, keys: dict[str, None], data: st.DataObject

@@ -99,7 +99,7 @@ STATUS = Request(ask="status")
 # Who is no courier -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.booleans(), st.booleans())
 def test_no_bytes_bring_it_down(
     desk: Desk, site_folder: SiteFolder, data: bytes, as_message: bool, waits: bool

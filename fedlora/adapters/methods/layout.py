@@ -68,17 +68,9 @@ def subspace(seed: PublicSeed, base_name: str, weight: Tensor, rank: int, kind: 
         seed: public.
         base_name: of the slot.
         weight: [d_out, d_in], frozen and public.
-        rank: r.
+        rank: r, no more than the smaller side of `weight`.
         kind: "random", or "weights": the leading singular vectors of `weight`, as in LoRA-XS (arXiv 2405.17604).
-
-    Raises:
-        ConfigError: the rank is above the smaller side of `weight`.
     """
-    if rank > min(weight.shape):
-        raise ConfigError(
-            f"adapter.rank = {rank} is above the smaller side of {base_name} ({weight.shape[0]}x{weight.shape[1]}), "
-            "in which fed_sb looks for that many directions; lower it"
-        )
     if kind == "weights":
         left, _, right = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
         columns, rows = left[:, :rank], right[:rank]
@@ -98,6 +90,7 @@ def slot_shapes(
     """One slot of `factor` for each entry of `places`: A [r, d_in], B [d_out, r] or R [r, r].
 
     Raises:
+        ConfigError: the rank of an R is above a module's smaller side, where there are not so many directions.
         AdapterError: an entry names no module, modules of several shapes, one that is not among `modules`, or one that
             another entry names too.
     """
@@ -113,6 +106,11 @@ def slot_shapes(
             listed = ", ".join(f"{width}x{height}" for width, height in found) or "none"
             raise AdapterError(f"adapter {name} is for modules of shapes {listed}; only modules of one shape can share")
         width, height = found[0]
+        if factor == "R" and rank > min(width, height):
+            raise ConfigError(
+                f"adapter.rank = {rank} is above the smaller side of {name} ({height}x{width}), and outer factors of R "
+                "have no more directions than that; lower it"
+            )
         shapes[f"{name}/{factor}"] = {"A": (rank, width), "B": (height, rank), "R": (rank, rank)}[factor]
     return shapes
 
@@ -137,7 +135,7 @@ def build_layout(
         method: a name in `METHODS`.
 
     Raises:
-        AdapterError: as `slot_shapes`.
+        AdapterError, ConfigError: as `slot_shapes`.
     """
     first, *others = METHODS[method].factors
     shapes = slot_shapes(modules, places, rank, first)

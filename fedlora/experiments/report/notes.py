@@ -18,6 +18,13 @@ def notes_of(runs: Sequence[ReportedRun]) -> list[str]:
     return [*_comparability(runs), *_privacy(runs)]
 
 
+_OF = {
+    "own": "the metric is the mean over the sites' own models, which no one adapter has.",
+    "shared": "the metric is of the part alone that the sites share.",
+}
+"""Said of `metric.of`."""
+
+
 def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
     codes, parts = Counter(run.code for run in runs), Counter(run.validation_part for run in runs)
     if len(codes) > 1:
@@ -31,6 +38,9 @@ def _comparability(runs: Sequence[ReportedRun]) -> Iterator[str]:
     names = sorted({run.metric for run in runs})
     if len(names) > 1:
         yield f"Different metrics in one table: {', '.join(names)}. They do not compare."
+    for of, said in _OF.items():
+        if count := sum(found(run.record, "metric", "of") == of for run in runs):
+            yield f"{count} of {len(runs)} runs: {said}"
     if unused := sum(run.unused for run in runs):
         short = sum(run.unused > 0 for run in runs)
         yield (

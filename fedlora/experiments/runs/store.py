@@ -42,9 +42,10 @@ CREATE TABLE runs (
 """
 COLUMNS = (
     *("folder", "digest", "role", "axes", "status", "error", "task", "method", "epsilon", "seed"),
-    *("epsilon_spent", "private", "metric", "value", "rounds_done", "wall_seconds", "started"),
+    *("epsilon_spent", "private", "metric", "metric_of", "value", "rounds_done", "wall_seconds", "started"),
 )
 """What `Store.select` gives of each run."""
+_SEEN = "(SELECT *, record ->> '$.metric.of' AS metric_of FROM runs)"  # whose model it is; not in old records
 _WHOLE = "SELECT folder, digest, role, axes, error, record, rounds, config, stamp FROM runs"
 _NAMED_BY_SWEEPS = ("task", "method")
 _LABELS = ("folder", "digest", "role", "axes")  # what a run is called; the rest is what it did
@@ -207,7 +208,7 @@ class Store:
         conditions = [f"({where}\n)", *map(_equal, values)]  # a comment ends with its line
         values |= {f"{name}_label": _json(values[name]) for name in _NAMED_BY_SWEEPS if name in values}
         sql = (
-            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {' AND '.join(conditions)} "
+            f"SELECT {', '.join(COLUMNS)} FROM {_SEEN} WHERE {' AND '.join(conditions)} "
             f"ORDER BY {order} IS NULL, {order} {'DESC' if descending else 'ASC'}, folder"
         )
         self._connection.set_authorizer(

@@ -98,6 +98,16 @@ def test_epsilon_of_different_kinds_in_one_table_is_said(
     assert note.startswith(said)
 
 
+def test_figures_that_are_of_no_one_model_are_said(
+    folder_of: Callable[..., Path], stored: Callable[..., StoredRun]
+) -> None:
+    plain = {"name": "accuracy", "value": 0.5}
+    runs = [stored(metric=plain | {"of": of}, seed=seed) for seed, of in enumerate(("own", "global", "own", "shared"))]
+    notes = notes_of(read_results(folder_of([*runs, stored(metric=plain, seed=4)])).runs)
+    assert "2 of 5 runs: the metric is the mean over the sites' own models, which no one adapter has." in notes
+    assert "1 of 5 runs: the metric is of the part alone that the sites share." in notes
+
+
 def test_runs_that_were_stopped_and_what_it_cost_them_are_said(folder_of: Callable[..., Path], stated: Stated) -> None:
     runs = [
         stated({}, seed=0),

@@ -93,6 +93,15 @@ def test_in_a_pipe_every_run_is_one_line(folder: Path, runs: Runs) -> None:
     assert "\x1b" not in said.out
 
 
+def test_a_figure_that_is_of_no_one_model_is_marked(folder: Path, runs: Runs) -> None:
+    path = folder / "rte" / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"metric": record["metric"] | {"of": "own"}}))
+    rows = runs("list", folder).out.splitlines()
+    assert ["accuracy, own models" in row for row in rows] == [row.startswith("rte ") for row in rows]
+    assert "metric_of" in runs("list", folder, "--csv").out.splitlines()[0].split(",")
+
+
 @pytest.mark.parametrize("width", [50, 60, 100])
 def test_a_narrow_terminal_drops_columns_and_never_the_run(
     folder: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, width: int

@@ -74,12 +74,22 @@ def test_columns_say_what_was_asked_reached_and_spent(store: Store, make_record:
         "epsilon_spent": 5.9996,
         "private": 1,
         "metric": "accuracy",
+        "metric_of": None,
         "value": 0.625,
         "rounds_done": 2,
         "wall_seconds": 75.25,
         "started": "2026-11-22T02:58:44+0000",
     }
     assert tuple(row) == COLUMNS
+
+
+def test_whose_model_a_figure_is_of_is_a_column_like_any_other(store: Store, make_record: MakeRecord) -> None:
+    for name, of in (("a", "own"), ("b", "global"), ("c", "own")):
+        record = make_record()
+        store.put(run(name, record | {"metric": record["metric"] | {"of": of}}))
+    store.put(run("d"))
+    assert [row["metric_of"] for row in store.select(order="metric_of")] == ["global", "own", "own", None]
+    assert [row["folder"] for row in store.select("metric_of = 'own'", equal={"metric_of": "own"})] == ["a", "c"]
 
 
 @pytest.mark.parametrize(
