@@ -40,7 +40,7 @@ Adapter = dict[str, Tensor]
 def federation(deploy: Deploy, deployed_config: Callable[..., RunConfig]) -> Deployment:
     deployment = deploy(deployed_config(*MOVING), serve=KNOWN)
     for site in deployment.sites:
-        allow(site, 'methods = ["lora", "fedex", "fedsa"]')
+        allow(site, 'methods = ["lora", "fedex", "fedsa", "fed_sb_svd"]')
     return deployment
 
 
@@ -80,6 +80,21 @@ def test_what_fedex_adds_to_the_base_reaches_every_site(deployment: Deployment, 
     adapter = sum(RANK * sum(product.shape) for product in theirs.values())
     instructions = ROUNDS * adapter + (ROUNDS - 1) * folded  # there is nothing to add in the first round
     assert record(run.folder.path)["bytes_down"] == FLOAT * 2 * instructions
+
+
+def test_the_outer_factors_that_fed_sb_svd_finds_are_every_sites(deployment: Deployment, tmp_path: Path) -> None:
+    """B in the first round, A in the second, and R alone, between what the server made of both, in the third."""
+    run = deployment.submit("fed-sb-svd", "run.seed=0", "adapter.method=fed_sb_svd")
+    assert failures(deployment.check(run)) == [{}] * ROUNDS
+    path = simulated(deployment, tmp_path, "adapter.method=fed_sb_svd")
+    adapter = exported(path / "adapter")
+    ours, theirs = products(exported(run.folder.path / "adapter")), products(adapter)
+    for name, product in theirs.items():
+        torch.testing.assert_close(ours[name], product, rtol=0, atol=1e-5)
+    assert moved(theirs, "") > 1e-2
+    same_facts(run.folder.path, path)
+    trained = sum(tensor.numel() for tensor in adapter.values()) + RANK * RANK * len(theirs)
+    assert record(run.folder.path)["bytes_up"] == FLOAT * 2 * trained
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "killed between two rounds"])
