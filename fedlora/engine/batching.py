@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedlora.errors import PrivacyError
+
 # Columns: multiples of 8, from 32 on two to an octave. Few shapes, so that a compiler or a probe meets each of them
 # often, and no more than a third of a long record's row is padding.
 _COLUMNS = (8, 16, 24, 32, *(columns << octave for octave in range(16) for columns in (48, 64)))
 _FEWEST_ROWS = 2
+_CHECKED_COLUMNS = 24
 _WORTHWHILE_ROWS = 8  # of a smaller micro-batch: below, what it saves does not pay for finding out whether it agrees
 
 
@@ -96,6 +99,22 @@ class Shapes:
     """Steps that are cut before smaller micro-batches are looked at as well: a run's first step does not wait."""
     _known: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
+
+    def check(self, longest: int) -> None:
+        """See at one width that full micro-batches have no influence, before a run spends anything.
+
+        Raises:
+            PrivacyError: they have.
+        """
+        columns = min(_CHECKED_COLUMNS, longest)
+        rows = most_rows(columns, self.token_budget)
+        if self.row_counts(columns, clients=2, expected=math.inf) != (rows,):
+            raise PrivacyError(
+                f"on this machine a record's gradient depends on the records beside it (micro-batches of {rows} by "
+                f"{columns} tokens), so that clipping does not bound what one record changes; set "
+                "engine.token_budget=1 to take records one by one, or try model.dtype=float32 or another "
+                "model.attention"
+            )
 
     def cut(
         self, lengths: np.ndarray, longest: int, *, clients: int = 1, expected: float = math.inf

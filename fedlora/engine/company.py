@@ -21,14 +21,12 @@ from torch import Tensor
 from fedlora.adapters.methods import Turn
 from fedlora.data.encode import EncodedDataset
 from fedlora.engine.backend import Batch, GradientBackend
-from fedlora.engine.batching import Quantity, most_rows
+from fedlora.engine.batching import Quantity
 from fedlora.engine.prototypes import unit_embeddings
-from fedlora.errors import PrivacyError
 from fedlora.models import Classifier
 from fedlora.privacy.projection import LowPass
 from fedlora.randomness import PublicSeed
 
-_WIDTH = 24
 _TOKENS = 1024
 """So many are compared at least between numbers of rows. Another kernel shows in float32 at once. In bfloat16 rounding
 hides most of it: a number comes out otherwise with a chance of some 3e-5, so that it takes thousands of numbers to see
@@ -57,26 +55,6 @@ class Company:
     projection: LowPass | None = None
     turns: Sequence[Turn | None] = (None,)
     classifier: Classifier | None = None
-
-    def check(self, *, token_budget: int, longest: int) -> None:
-        """See that micro-batches as large as they get have no influence, at one width; `Shapes` looks at the others.
-
-        Args:
-            token_budget: as in training; from it follow the shapes.
-            longest: tokens that the model can take.
-
-        Raises:
-            PrivacyError: they have.
-        """
-        columns = min(_WIDTH, longest)
-        rows = most_rows(columns, token_budget)
-        if not self.agreeing_rows(columns, (rows,), clients=2):
-            raise PrivacyError(
-                f"on this machine a record's gradient depends on the records beside it (micro-batches of {rows} by "
-                f"{columns} tokens on {self.device}), so that clipping does not bound what one record changes; "
-                "set engine.token_budget=1 to take records one by one, or try model.dtype=float32 or another "
-                "model.attention"
-            )
 
     def agreeing_rows(
         self, columns: int, counts: Sequence[int], clients: int, quantity: Quantity = "gradients"

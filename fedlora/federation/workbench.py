@@ -269,14 +269,16 @@ def _attach(
     initial_theta = _initial_theta(layout, heads, factors).to(execution.device)
     backend = _make_backend(config, execution, classifier, layout, places)
     try:
-        with exhaustion_named(f"a micro-batch of {config.model.name}"):
-            agreeing = _check_company(config, execution, classifier, backend) if config.private else _all_agree
+        agreeing = _looks_at_company(config, execution, classifier, backend) if config.private else _all_agree
         many_steps = config.federation.rounds * config.federation.local_steps >= _STEPS_THAT_PAY
         patience = _PATIENCE if many_steps and not execution.compiled else math.inf  # to compile, each is one more
+        shapes = Shapes(execution.token_budget, agreeing, patience)
+        with exhaustion_named(f"a micro-batch of {config.model.name}"):
+            shapes.check(min(config.data.max_length, classifier.tokenizer.model_max_length))
     except BaseException:
         backend.detach()
         raise
-    return places, layout, backend, Shapes(execution.token_budget, agreeing, patience), initial_theta, folded
+    return places, layout, backend, shapes, initial_theta, folded
 
 
 def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear], factors: Mapping[str, Tensor]) -> Tensor:
@@ -294,10 +296,10 @@ def _initial_theta(layout: AdapterLayout, heads: Mapping[str, nn.Linear], factor
     return theta
 
 
-def _check_company(
+def _looks_at_company(
     config: RunConfig, execution: Execution, classifier: Classifier, backend: GradientBackend
 ) -> AgreeingRows:
-    """See that records have no influence on one another; what looks at more shapes when they are to be used."""
+    """What sees whether records have influence on one another, at any shape that is to be used."""
     company = Company(
         backend=backend,
         vocabulary=len(classifier.tokenizer),
@@ -307,9 +309,6 @@ def _check_company(
         turns=_turns(config),
         classifier=classifier if classifier.pooling != "native" else None,
     )
-    longest = min(config.data.max_length, classifier.tokenizer.model_max_length)
-    with any_head(config, classifier):
-        company.check(token_budget=execution.token_budget, longest=longest)
 
     def agreeing(columns: int, counts: Sequence[int], clients: int, quantity: Quantity) -> Sequence[int]:
         with any_head(config, classifier):

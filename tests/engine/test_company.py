@@ -86,8 +86,8 @@ def company_of(backend: Any) -> Company:
 def test_a_trace_of_the_others_is_found_and_one_by_one_is_the_way_out() -> None:
     company = company_of(Gossip())
     with pytest.raises(PrivacyError, match=r"engine\.token_budget=1"):
-        company.check(token_budget=512, longest=512)
-    company.check(token_budget=1, longest=512)
+        Shapes(512, company.agreeing_rows).check(512)
+    Shapes(1, company.agreeing_rows).check(512)
     assert company.agreeing_rows(16, (2, 8), clients=1) == ()
     cut = list(Shapes(512, company.agreeing_rows).cut(np.array([9, 10, 11]), 512))
     assert [len(group.positions) for group in cut] == [1, 1, 1]
@@ -208,6 +208,10 @@ def test_what_was_found_out_is_not_asked_again() -> None:
         list(shapes.cut(np.array([3, 3, 12]), 512, clients=clients))
     expected = [(16, 1), (8, 1), (16, 2), (8, 2)]
     assert asked == [(*one, "gradients") for one in expected], "once for many clients and once for a lone one"
+    asked.clear()
+    shapes.check(512)
+    list(shapes.cut(np.array([20]), 512, clients=2))
+    assert asked == [(24, 2, "gradients")], "what was looked at before the run serves its first step"
     asked.clear()
     for _ in range(2):
         list(shapes.cut_full(np.array([3, 3]), 512, "logits"))

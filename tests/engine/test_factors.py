@@ -12,6 +12,7 @@ from torch import Tensor
 from fedlora.adapters.methods import Turn
 from fedlora.adapters.methods import layout as layouts
 from fedlora.data.encode import EncodedDataset
+from fedlora.engine.batching import Shapes
 from fedlora.engine.company import Company
 from fedlora.engine.expanded import ExpandedBackend
 from fedlora.engine.opacus import OpacusBackend
@@ -118,7 +119,7 @@ def test_no_record_shows_in_anothers_gradient(make_bench: Any, backend: str, fam
     company = Company(
         backend=bench.backend, vocabulary=vocabulary, num_labels=2, device=torch.device("cpu"), turns=[turn]
     )
-    company.check(token_budget=128, longest=24)
+    Shapes(128, company.agreeing_rows).check(24)
 
 
 @pytest.mark.parametrize("case", ["A and B", "A alone", "B alone", "R, random"])

@@ -213,7 +213,7 @@ def test_no_record_shows_in_anothers_gradient(config: Config, name: str, family:
     backend = plan(classifier, FEW, shared=True).attach(name, classifier)
     vocabulary = len(classifier.tokenizer)
     company = Company(backend=backend, vocabulary=vocabulary, num_labels=2, device=torch.device("cpu"))
-    company.check(token_budget=128, longest=24)
+    Shapes(128, company.agreeing_rows).check(24)
 
 
 # -------------------------------------------------------------------------------------------- attached, detached, again

@@ -269,7 +269,7 @@ def test_adapters_that_cannot_be_attached_leave_those_that_were(
         raise PrivacyError("records of one micro-batch influence one another")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workbench, "_check_company", refused)
+        patch.setattr(workbench, "_looks_at_company", refused)
         with pytest.raises(PrivacyError):
             interrupted.exchange(dataclasses.replace(told, round_index=2), EVERYONE)
     assert same(interrupted.exchange(other, EVERYONE), second)

@@ -169,7 +169,7 @@ def test_what_is_counted_is_what_a_run_computes(
         *WORK[case],
         f"run.out='{tmp_path / 'run'}'",
     )
-    monkeypatch.setattr(workbench_module, "_check_company", lambda *_: workbench_module._all_agree)
+    monkeypatch.setattr(workbench_module, "_looks_at_company", lambda *_: workbench_module._all_agree)
     monkeypatch.setattr(workbench_module, "_PATIENCE", 0)
     shelf = Shelf()
     workload, sizes = workload_of(config, shelf), [80, 80, 80]
