@@ -5,9 +5,8 @@ E, so autograd's dLoss/dE is the stack of per-record gradients. Clients are fuse
 padding, ragged Poisson batches and K = 1 are the same code. For a factor of LoRA this costs what the summed gradient
 costs (2 N T d r operations either way).
 
-Copies have the dtype of the frozen weight they stand beside, so that a client's slot is rounded once and not once for
-each of its records. In bfloat16 a record's gradient is therefore a bfloat16 number, whatever is done with it later:
-clipping takes its length as it is.
+Copies have the dtype of the frozen weight they stand beside. In bfloat16 a record's gradient is therefore a bfloat16
+number, whatever is done with it later: clipping takes its length as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fedlora.adapters.methods import Turn
 from fedlora.adapters.methods.layout import Places, check_places
-from fedlora.adapters.slots import AdapterLayout
+from fedlora.adapters.slots import AdapterLayout, Slot
 from fedlora.engine.attachment import Attachment, Replacement
 from fedlora.engine.backend import Batch, record_losses
 from fedlora.engine.compiled import compiled_forward
@@ -167,8 +166,8 @@ class ExpandedBackend:
         self, theta: Tensor, batch: Batch, labels: Tensor, owner: Tensor, turn: Turn | None = None
     ) -> list[Tensor]:
         expanded, leaves = [], []
-        for slot, rows in zip(self.layout.slots, self._rows(theta), strict=True):
-            value = _copies(rows[:1] if turn and slot.part in turn.common else rows, owner)
+        for slot, rows, dtype in self._rows(theta):
+            value = _copies(rows[:1] if turn and slot.part in turn.common else rows, owner, dtype)
             if turn is None or slot.part in turn.parts:
                 leaves.append(value.requires_grad_())
             expanded.append(value)
@@ -178,16 +177,16 @@ class ExpandedBackend:
     @torch.no_grad()
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
         count = len(batch["input_ids"])
-        expanded = [rows.expand(count, *rows.shape[1:]) for rows in self._rows(theta[None])]
+        expanded = [rows.to(dtype).expand(count, *rows.shape[1:]) for _, rows, dtype in self._rows(theta[None])]
         return self._forward(self.classifier, expanded, batch)
 
     def detach(self) -> None:
         self._attachment.undo()
 
-    def _rows(self, theta: Tensor) -> Iterator[Tensor]:
-        """[K, *shape] of each slot, in the dtype of the weights that it stands beside."""
+    def _rows(self, theta: Tensor) -> Iterator[tuple[Slot, Tensor, torch.dtype]]:
+        """Each slot, its numbers [K, *shape], and the dtype of the weights that it stands beside."""
         for slot, (modules, _) in zip(self.layout.slots, self._users, strict=True):
-            yield self.layout.view(theta, slot).to(modules[0].base.weight.dtype)
+            yield slot, self.layout.view(theta, slot), modules[0].base.weight.dtype
 
     def _forward(self, forward: Callable[[Batch], Tensor], expanded: list[Tensor], batch: Batch) -> Tensor:
         self._attachment.confirm()
@@ -202,9 +201,14 @@ class ExpandedBackend:
                     module.expanded.clear()  # a stale leaf must never serve another batch
 
 
-def _copies(rows: Tensor, owner: Tensor) -> Tensor:
-    """Each record's copy of its client's row, [N, *shape]; of a single client's, the same memory N times."""
-    return rows.expand(len(owner), *rows.shape[1:]) if len(rows) == 1 else rows[owner]
+def _copies(rows: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each record's copy of its client's row, [N, *shape]; of a single client's, the same memory N times.
+
+    Rounded before or after, whichever are fewer: the same bits.
+    """
+    if len(rows) == 1:
+        return rows.to(dtype).expand(len(owner), *rows.shape[1:])
+    return rows.to(dtype)[owner] if len(rows) < len(owner) else rows[owner].to(dtype)
 
 
 def _attentions_to_separate(classifier: Classifier, paths: Iterable[str]) -> tuple[str, ...]:

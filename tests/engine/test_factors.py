@@ -135,6 +135,20 @@ def test_a_gradient_depends_on_its_own_record_and_client_only(make_bench: Any, r
     assert (before == after).all(dim=1).tolist() == [True, False, False, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["A and B", "B alone", "R, B and A for all"])
+def test_clients_without_a_record_in_a_micro_batch_change_no_bit(
+    make_bench: Any, random_records: Any, case: str, dtype: str
+) -> None:
+    """Whether theta is rounded before its rows are copied or after: there are fewer clients than records, or more."""
+    bench, turn = bench_of(make_bench, case, "model.head=trained", f"model.dtype={dtype}")
+    batch, labels = random_records(RAGGED).batch(np.arange(len(RAGGED)))
+    theta = theta_of(bench, 20, turn)
+    few = bench.backend.gradients(theta[:3], batch, labels, OWNER, turn)
+    many = bench.backend.gradients(theta, batch, labels, OWNER, turn)
+    assert all(torch.equal(one, other) for one, other in zip(few, many, strict=True))
+
+
 @pytest.mark.parametrize("name", ["expanded", "opacus"])
 @pytest.mark.parametrize("turn", [None, Turn(("A",), ("B",)), Turn(("B",), ("A",))])
 def test_modules_that_share_both_factors(tiny_config: Any, random_records: Any, name: str, turn: Turn | None) -> None:
