@@ -182,7 +182,7 @@ def test_slots_are_placed_in_the_model(run: Run) -> None:
         (("privacy.mechanism=gredp", "privacy.gredp_noise=real", "privacy.allow_unsound=true"), "gredp_noise = real"),
         (("adapter.select=bilevel", "federation.rounds=6"), "adapter.select = bilevel"),
         (("adapter.method=ffa_svd",), "adapter.method = ffa_svd"),
-        (("adapter.method=fed_sb_svd",), "adapter.method = fed_sb_svd"),
+        (("adapter.method=fed_sb_svd", "adapter.rank=16"), "adapter.method = fed_sb_svd"),
         (("adapter.method=flora",), "adapter.method = flora"),
         (("adapter.method=flexlora",), "adapter.method = flexlora"),
         (("adapter.method=hetlora", "adapter.ranks='128,4'"), "adapter.ranks = 128,4"),
